@@ -33,15 +33,19 @@ class Site:
         """TANDEM_HOME of the cluster."""
         return self.shared / "home"
 
-    def tandem(self, *words: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    def tandem(self, *words: str, **variables: str) -> str:
+        """Output of a command on the login node; AssertionError with it if the command fails."""
+        result = self.run(*words, **variables)
+        assert result.returncode == 0, result.stdout[-6000:] + self.output()
+        return result.stdout
+
+    def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node."""
-        result = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "tandem", *words],
             env={**os.environ, **self.slurm.environment, "TANDEM_HOME": str(self.home), "COLUMNS": "200", **variables},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
         )  # fmt: skip
-        assert not check or result.returncode == 0, result.stdout[-6000:] + self.output()
-        return result
 
     def on_laptop(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run Python on the laptop, which reaches the login node by ssh alone."""

@@ -61,7 +61,7 @@ def database(site: Site) -> Iterator[str]:
 def served(site: Site) -> Connection:
     """A job that serves a tiny model with vLLM."""
     model = write_model(site.shared / "tiny")
-    shown = site.tandem("slurm", "submit", "serve", str(model)).stdout
+    shown = site.tandem("slurm", "submit", "serve", str(model))
     connection = site.job().connection()
     assert connection is not None and connection.state == "ready" and "tandem slurm tunnel" in shown
     return connection
@@ -82,7 +82,7 @@ def client(port: int, key: str) -> Any:
 
 
 def test_a_compute_node_is_checked_as_jobs_find_it(site: Site) -> None:
-    shown = site.tandem("slurm", "check", check=False).stdout
+    shown = site.run("slurm", "check").stdout
     assert "Python" in shown and "Packages" in shown and "TANDEM_HOME must be" not in shown
 
 
@@ -112,7 +112,7 @@ def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert refused.stdout == "401"
-    status = json.loads(site.tandem("slurm", "status", "--json").stdout)
+    status = json.loads(site.tandem("slurm", "status", "--json"))
     assert status[0]["slurm"] == "RUNNING" and status[0]["state"] == "ready" and status[0]["ends_at"]
 
 
@@ -210,9 +210,9 @@ def test_a_job_that_is_told_to_end_answers_what_has_begun(site: Site, served: Co
 
 
 def test_an_app_that_cannot_start_says_why(site: Site) -> None:
-    result = site.tandem("slurm", "submit", "serve", "no-such-model", check=False)
+    result = site.run("slurm", "submit", "serve", "no-such-model")
     assert result.returncode != 0 and "has failed" in result.stdout and "tandem slurm logs" in result.stdout
-    assert "no-such-model" in site.tandem("slurm", "logs", "latest").stdout
+    assert "no-such-model" in site.tandem("slurm", "logs", "latest")
 
 
 def test_training_that_spans_three_jobs_has_the_losses_of_one(site: Site) -> None:
@@ -260,19 +260,20 @@ def test_trials_of_a_sweep_run_as_tasks_side_by_side_on_a_node(site: Site, datab
     variables = {"TANDEM_DATABASE_URL": database}
     site.tandem("db", "upgrade", **variables)
     words = ["slurm", "submit", "sweep", "--config", str(config), "--param", "optimizer.learning_rate=1e-9,1e-2,1e-8"]
-    one_node = ["--site-set", "cpus_per_node=1", "--site-set", f"options=[--nodelist={site.nodes[0].name}]"]
+    one_node = ["--site-set", "cpus_per_node=1", "--site-set", f"options=[--nodelist={site.nodes[1].name}]"]
     site.tandem(*words, *one_node, "--at-once", "2", **variables)
-    most = 0
+    job_id, most = site.job().submission().job_id or "", 0
 
     def over() -> bool:
         nonlocal most
-        most = max(most, len(site.slurm.run("squeue", "--noheader", "--array", "--states=RUNNING").splitlines()))
-        return not site.slurm.run("squeue", "--noheader").strip()
+        states = site.slurm.run("squeue", "--noheader", "--array", f"--jobs={job_id}", "--format=%T").split()
+        most = max(most, states.count("RUNNING"))
+        return not states
 
     wait_until(over, 500, "the array did not end")
     logs = "".join(site.job().task(number).log.read_text()[-2000:] for number in (1, 2, 3))
     assert most == 2, logs
     # The last task has compared them, and the same command has nothing left to run.
-    shown = site.tandem(*words, *one_node, **variables).stdout
+    shown = site.tandem(*words, *one_node, **variables)
     assert "The best is trial 2" in shown and "swept@1" in shown, shown + logs
-    assert json.loads(site.tandem("slurm", "status", "--json").stdout)[0]["state"] == "3 ended"
+    assert json.loads(site.tandem("slurm", "status", "--json"))[0]["state"] == "3 ended"

@@ -21,11 +21,13 @@ def run_program(
     environment: Mapping[str, str] | None = None,
     quiet: bool = True,
     stdin: IO[bytes] | None = None,
+    name: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program, without input unless `stdin` is given; its exit status is the caller's to judge.
 
     `quiet` captures its output, which else goes to the terminal. ClusterError if the program is not on this machine, or if it
-    runs for longer than `timeout_s` and is killed; `hint` is what the message says to do then.
+    runs for longer than `timeout_s` and is killed; `hint` is what the message says to do then, and `name` what it calls the
+    command (unset: its words).
     """
     try:
         return subprocess.run(
@@ -40,7 +42,7 @@ def run_program(
     except FileNotFoundError as error:
         raise ClusterError(f"This machine has no `{command[0]}`. {hint}") from error
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"{shown(command)} did not end within {timeout_s:g} s. {hint}") from error
+        raise ClusterError(f"{name or shown(command)} did not end within {timeout_s:g} s. {hint}") from error
 
 
 def shown(command: Sequence[str]) -> str:

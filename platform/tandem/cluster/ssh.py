@@ -103,6 +103,7 @@ class SshConnection:
             self.words(command),
             timeout_s=timeout_s,
             hint=f"`ssh {self.config.host}` shows whether the host answers; run the command there by hand.",
+            name=f"`{command}` on {self.config.host}",
         )
         if done.returncode:
             raise ClusterError(f"`{command}` failed on {self.config.host}: {(done.stderr or done.stdout).strip()}")

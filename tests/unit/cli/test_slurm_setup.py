@@ -57,7 +57,7 @@ def test_each_step_is_done_once_and_the_command_works_afterwards(project: Path, 
     status, shown = run(str(folder), "--no-check", "--gpus-per-node", "2", "--site-set", "partition=gpu")
     assert status == 0, shown
     assert "copied as committed, without the changes since" in shown and "(gpu lock): made" in shown
-    assert "  partition: gpu\n" in shown and "login" not in shown
+    assert "  partition: gpu\n" in shown and "login:" not in shown
     assert yaml.safe_load((folder / "home" / "slurm.yaml").read_text()) == {"partition": "gpu"}
     assert stat.S_IMODE((folder / "home").stat().st_mode) == 0o700
     answer = subprocess.run([str(folder / "tandem"), "doctor"], capture_output=True, text=True, check=True).stdout

@@ -24,7 +24,9 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_command_that_hangs_is_named_with_its_seconds_and_the_next_step(ssh: Path) -> None:
     ssh.write_text("#!/bin/sh\nexec sleep 20\n")
     connection = SshConnection(SshConfig(host="ann@gate"))
-    with pytest.raises(ClusterError, match=r"slurm info 7` did not end within 0\.2 s\. `ssh ann@gate` shows"):
+    with pytest.raises(
+        ClusterError, match=r"`slurm info 7` on ann@gate did not end within 0\.2 s\. `ssh ann@gate` shows"
+    ):
         connection.run("slurm info 7", timeout_s=0.2)
 
 

@@ -39,8 +39,8 @@ def test_a_question_and_a_conversation_are_answered_whole_or_in_pieces(url: str)
     with tandem.Client(url) as client:
         assert client.models() == ["echo"]
         assert client.chat("a b c") == "a b c"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        assert client.chat([*messages, {"role": "user", "content": "d e f"}], max_tokens=2).split() == ["d", "e"]
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert client.chat([*messages, {"role": "user", "content": "d e f"}], max_tokens=3).split() == ["a", "b", "d"]
         assert "".join(client.stream("a b", model="echo")) == "a b"
         assert [output["text"] for output in client.generate(["a", "b"])] == ["a", "b"]
         assert client.openai().models.list().data[0].id == "echo"
