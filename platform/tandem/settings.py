@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """A folder of this node's own, for copies of what lies in object stores."""
     adapter_cache_gib: float = 20.0
     """How much of it adapters may take; the longest unused make room."""
+    cordon_on: str | None = None
+    """Kinds of bad findings, such as `gpu_xid,gpu_ecc`, that keep a node out by themselves (docs/guides/node-health.md)."""
 
     @property
     def api_key_file(self) -> Path:

@@ -24,6 +24,7 @@ import ray.exceptions
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_complete_export
+from tandem.cluster.health.cordons import placeable_resources, total
 from tandem.config import TrainConfig, check_elastic, load_yaml, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
@@ -249,7 +250,7 @@ def connect(config: TrainConfig) -> None:
         if callable(handler):
             # Ray installs a handler that ends the process without an event.
             signal.signal(signal.SIGTERM, handler)
-    check_capacity(config, ray.cluster_resources())
+    check_capacity(config, total(placeable_resources()))
 
 
 def check_capacity(config: TrainConfig, cluster_resources: dict[str, float]) -> None:

@@ -16,9 +16,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.doctor import Finding, show_findings
 from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption, read_site
 from tandem.cli.slurm.tunnel import tunnel_command
+from tandem.cli.support.findings import Finding, show_findings
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import Connection, JobFolder, Submission, find, folders
