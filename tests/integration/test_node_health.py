@@ -14,6 +14,9 @@ from tandem.data.tokenize import train_tokenizer
 from tandem.settings import child_environment
 
 
+pytestmark = pytest.mark.slow  # a cluster of three nodes, an app that is deployed three times and two training runs
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each step of cordoned_nodes.py gave, by the step's name."""
