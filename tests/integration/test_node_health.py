@@ -13,7 +13,6 @@ import pytest
 from tandem.data.tokenize import train_tokenizer
 from tandem.settings import child_environment
 
-
 pytestmark = pytest.mark.slow  # a cluster of three nodes, an app that is deployed three times and two training runs
 
 
