@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 quickstart test test-all: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all check docs format serve lock clean
+.PHONY: help setup quickstart test test-all check docs format serve lock env-example sbom clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,13 @@ serve: setup ## Serve the newest registered model until Ctrl-C
 
 lock: setup ## Renew requirements/*.lock (ARGS=--upgrade takes the newest versions)
 	@scripts/lock $(ARGS)
+
+env-example: ## Write .env.example from the settings in platform/tandem/settings.py
+	@$(PYTHON) scripts/env_example.py
+
+# What an image has in it, from the lock it is built from; torch's CPU build has a lock of its own.
+sbom: setup ## Write software bills of materials (CycloneDX) of the CPU and the CUDA image into build/sbom/
+	@scripts/sbom $(BIN) build/sbom
 
 clean: ## Remove the environment and caches; TANDEM_HOME stays
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist site .pip.log

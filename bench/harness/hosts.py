@@ -171,6 +171,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
 
 
 def require_namespaces() -> None:
+    """Install what hosts need; UnavailableError where this user or machine cannot make namespaces."""
     if os.geteuid() != 0:
         raise UnavailableError("network namespaces need root")
     if any(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from tandem.apps.gateway import Gateway
 from tandem.apps.plan import AppPlan, EngineDeployment, plan
 from tandem.apps.resolve import resolve
+from tandem.cluster.health.cordons import placement_selector
+from tandem.cluster.health.nodes import examine_serving
 from tandem.config import ServeConfig
 from tandem.engine.create import check_engine_args
 from tandem.engine.engines import find_engine, unsupported_shape
@@ -36,6 +41,7 @@ HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
 """Seconds that one check may take; Serve replaces a replica after three failures."""
 LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
+log = logging.getLogger("ray.serve")
 CONTROL_CPUS = 0.1
 """CPUs that Ray reserves for the directory and for each gateway: for placement, not a limit."""
 
@@ -60,21 +66,36 @@ def prepare(config: ServeConfig, *, check: bool = True) -> AppPlan:
 
 
 def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
-    """The application that `serve.run` takes; raises what `prepare` raises."""
-    return application(prepare(config, check=check))
+    """The application that `serve.run` takes; raises what `prepare` raises. Logs what the cluster's nodes lack for it."""
+    planned = prepare(config, check=check)
+    for text in missing_on_nodes(planned):
+        log.warning(text)
+    return application(planned)
+
+
+def missing_on_nodes(planned: AppPlan) -> list[str]:
+    """What nodes of the connected cluster lack for serving an app, such as HAProxy; nothing without a cluster."""
+    if not ray.is_initialized():
+        return []
+    by_text: dict[str, list[str]] = {}
+    for node, finding in examine_serving(planned.app.config.drain_timeout_s):
+        by_text.setdefault(f"{finding.says}. {finding.fix}", []).append(node.address)
+    return [f"{', '.join(sorted(set(addresses)))}: {text}" for text, addresses in by_text.items()]
 
 
 def application(planned: AppPlan) -> serve.Application:
-    """The Serve application of a plan."""
+    """The Serve application of a plan. Its replicas are placed on nodes that are not cordoned now."""
     config, registry = planned.app.config, planned.app.registry
+    selector = placement_selector()
     # There must be one directory at a time: the old one ends first, and gateways keep the replicas that they know.
     directory = _deployment(
         Directory,
         DIRECTORY_NAME,
         version_of(config.version, registry, config.internal_tls),
         num_cpus=CONTROL_CPUS,
+        selector=selector,
     ).bind(None, registry, None, config.internal_tls)
-    engines = [_engine_application(engine, planned, directory) for engine in planned.engines]
+    engines = [_engine_application(engine, planned, directory, selector) for engine in planned.engines]
     constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
     more_args = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
@@ -83,12 +104,15 @@ def application(planned: AppPlan) -> serve.Application:
         version_of(config.version, *constructor_args, *more_args),
         num_cpus=CONTROL_CPUS,
         env=GATEWAY_ENVIRONMENT,
+        selector=selector,
         **gateway_options(config.gateway.replicas, config.drain_timeout_s),
     )
     return gateway.bind(directory, *constructor_args, engines, *more_args)
 
 
-def _engine_application(engine: EngineDeployment, planned: AppPlan, directory: serve.Application) -> serve.Application:
+def _engine_application(
+    engine: EngineDeployment, planned: AppPlan, directory: serve.Application, selector: Mapping[str, str]
+) -> serve.Application:
     config, registry = planned.app.config, planned.app.registry
     return _deployment(
         EngineReplica,
@@ -98,6 +122,7 @@ def _engine_application(engine: EngineDeployment, planned: AppPlan, directory: s
         num_gpus=engine.placement.gpus,
         custom_resources=engine.model.config.resources_per_replica,
         env=engine.model.config.env,
+        selector=selector,
         **engine_options(engine.model, config.drain_timeout_s),
         **engine.placement.options(),
     ).bind(engine.model, directory, registry, config.drain_timeout_s)
@@ -112,6 +137,7 @@ def _deployment(
     num_gpus: float = 0.0,
     custom_resources: dict[str, float] | None = None,
     env: dict[str, str] | None = None,
+    selector: Mapping[str, str] | None = None,
     **options: Any,
 ) -> serve.Deployment:
     resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
@@ -119,6 +145,10 @@ def _deployment(
         resources["resources"] = dict(custom_resources)
     if env:
         resources["runtime_env"] = {"env_vars": without_references(env)}
+    if selector and "placement_group_bundles" in options:
+        options["placement_group_bundle_label_selector"] = [dict(selector)]
+    elif selector:
+        resources["label_selector"] = dict(selector)
     deployment = cast(
         serve.Deployment,
         serve.deployment(

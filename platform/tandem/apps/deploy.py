@@ -21,6 +21,7 @@ from ray.serve.schema import ApplicationStatus
 from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
 from tandem.apps.plan import AppPlan
 from tandem.cluster.capacity import check_nodes
+from tandem.cluster.health.cordons import placeable_resources
 from tandem.cluster.shared_files import check_same_files
 from tandem.config import ServeConfig, from_dict, to_dict
 from tandem.engine.engines import find_engine
@@ -69,7 +70,7 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
 
 def check_capacity(planned: AppPlan) -> None:
     """ClusterError if no node of a cluster that cannot grow could hold a replica: Serve would wait without a limit."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = placeable_resources()
     for engine in planned.engines:
         # The workers of a placement group may be on several nodes.
         if not engine.placement.bundles:

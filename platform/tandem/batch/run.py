@@ -22,6 +22,7 @@ from tandem.batch.reasons import explained
 from tandem.batch.work import WorkerContext
 from tandem.batch.worker import Worker
 from tandem.cluster.capacity import check_nodes
+from tandem.cluster.health.cordons import placeable_resources, placement_selector
 from tandem.config import ServedModelConfig
 from tandem.errors import EngineError, StorageError
 from tandem.secret_values import without_references
@@ -195,12 +196,13 @@ def _answered(
         resources=dict(served.resources_per_replica) or None,
         runtime_env={"env_vars": without_references(served.env)} if served.env else None,
         max_restarts=restarts,
+        label_selector=placement_selector() or None,
     )
 
 
 def check_capacity(served: ServedModelConfig) -> None:
     """Refuse replicas that no node of the cluster, empty, could hold one of: Ray would wait for ever."""
-    check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], served)
+    check_nodes(placeable_resources(), served)
 
 
 def _finished(run: BatchRun) -> Summary | None:

@@ -1,4 +1,4 @@
-"""`tandem cluster`: clusters of Ray's launcher, from a cluster file."""
+"""`tandem cluster`: clusters of Ray's launcher, from a cluster file; and nodes that are kept out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from tandem.cli.cluster_health import cordon_command, cordons_command, uncordon_command
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.launcher import ClusterFile, Launcher
 from tandem.cluster.ssh import SshConnection
@@ -16,7 +17,10 @@ from tandem.cluster.tunnel import Target, Tunnel
 from tandem.sdk.console import console
 from tandem.settings import settings
 
-cluster_app = typer.Typer(no_args_is_help=True, help="Start, reach and end a cluster of machines by Ray's launcher.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Start, reach and end a cluster of machines; keep nodes out.")
+cluster_app.command("cordon")(cordon_command)
+cluster_app.command("uncordon")(uncordon_command)
+cluster_app.command("cordons")(cordons_command)
 FileArgument = Annotated[Path, typer.Argument(help="The cluster file; cluster.yaml is for AWS, deploy/ has others.")]
 
 

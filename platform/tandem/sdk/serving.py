@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tandem.auth import KeyStore
@@ -23,6 +23,9 @@ from tandem.sdk.console import console, print_message
 from tandem.sdk.listener_tls import apply_tls, running_tls, url_host, wanted_tls, warn_of_clear_keys
 from tandem.serve.listen import is_loopback
 from tandem.settings import settings
+
+if TYPE_CHECKING:
+    from tandem.apps.plan import AppPlan
 
 CPUS = 8
 """Logical CPUs of a local cluster."""
@@ -63,6 +66,18 @@ def check_keys(addresses: Iterable[str], config: ServeConfig) -> None:
         )
 
 
+def check_cluster(cluster: Cluster, planned: AppPlan) -> None:
+    """Refuse an app that no node of a local cluster could hold; say what nodes of another cluster lack for serving."""
+    from tandem.apps.build import missing_on_nodes
+    from tandem.apps.deploy import check_capacity
+
+    if cluster.local:
+        check_capacity(planned)
+        return
+    for text in missing_on_nodes(planned):
+        print_message(text)
+
+
 @contextmanager
 def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep: bool = False) -> Iterator[str]:
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
@@ -70,7 +85,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     from ray import serve
 
     from tandem.apps.build import prepare
-    from tandem.apps.deploy import check_capacity, deploy
+    from tandem.apps.deploy import deploy
 
     details = serve_details(cluster)
     check_not_served(details, config, cluster)
@@ -87,8 +102,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         warn_of_clear_keys(listen.host, listen.tls)
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
         planned = prepare(config)
-        if cluster.local:
-            check_capacity(planned)
+        check_cluster(cluster, planned)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
                 serve.start(

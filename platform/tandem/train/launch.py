@@ -24,6 +24,7 @@ import ray.exceptions
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_complete_export
+from tandem.cluster.health.cordons import placeable_resources, total
 from tandem.cluster.shared_files import check_same_files
 from tandem.config import TrainConfig, check_elastic, load_yaml, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
@@ -250,7 +251,7 @@ def connect(config: TrainConfig) -> None:
         if callable(handler):
             # Ray installs a handler that ends the process without an event.
             signal.signal(signal.SIGTERM, handler)
-    check_capacity(config, ray.cluster_resources())
+    check_capacity(config, total(placeable_resources()))
     check_same_files(settings().root)
 
 

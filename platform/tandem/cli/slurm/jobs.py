@@ -14,12 +14,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.doctor import Finding, show_findings
 from tandem.cli.slurm.setup import setup_command
 from tandem.cli.slurm.show import show_connection, summary
 from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption
 from tandem.cli.slurm.submit import submit_app, tandem_words
 from tandem.cli.slurm.tunnel import tunnel_command
+from tandem.cli.support.findings import Finding, show_findings
 from tandem.cli.support.shell import friendly_errors
 from tandem.cli.sweep import say_swept
 from tandem.cluster.slurm import commands

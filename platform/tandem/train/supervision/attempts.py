@@ -20,6 +20,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from tandem.checkpoint import folders
+from tandem.cluster.health.cordons import placement_selector
 from tandem.config import TrainConfig, with_workers, worker_counts
 from tandem.data.stream import rows_consumed
 from tandem.observability.events import Exported, FaultDetected, Notice, RolledBack
@@ -31,6 +32,7 @@ from tandem.train.supervision.capacity import current_nodes, max_workers
 from tandem.train.supervision.heartbeat import Heartbeat
 from tandem.train.supervision.history import RunHistory
 from tandem.train.supervision.mailbox import open_mailbox
+from tandem.train.supervision.node_health import cordon_bad_nodes
 from tandem.train.supervision.outcome import Completed, Fault, Faulted, NoCapacity, Outcome, Refused, last_line
 from tandem.train.supervision.policy import Decision, Resize, Restart, SkipRows, Stop, decide, updated_history
 from tandem.train.supervision.processes import find_lost_nodes, kill_workers
@@ -69,6 +71,8 @@ def run_workers(
         outcome = run_attempt(_next_task(task, history, restarted=recorder.starts > 0), supervision)
         if isinstance(outcome, Completed):
             return outcome.exported
+        if isinstance(outcome, Faulted):
+            cordon_bad_nodes(recorder.journal)
         if not isinstance(outcome, Refused):
             history = _history_with_checkpoint(task, history, supervision)
         decision = decide(outcome, history)
@@ -196,8 +200,10 @@ def _trainer(task: WorkerTask, storage: str) -> ray.train.torch.TorchTrainer:
         run_worker,
         train_loop_config={"task": task},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if parallel.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # typed as that of Train's first version
             num_workers=parallel.workers,
+            # Without the nodes that are cordoned now; None: all of them.
+            label_selector=placement_selector() or None,
             # As few nodes as possible. Ray numbers the ranks of a node consecutively, and tensor groups are consecutive ranks.
             placement_strategy="PACK",
             use_gpu=parallel.gpus_per_worker > 0,

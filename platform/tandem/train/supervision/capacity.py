@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tandem.cluster.health.cordons import cordoned_ids
 from tandem.config import TrainConfig, worker_counts
 from tandem.train.supervision.heartbeat import Heartbeat
 
@@ -19,6 +20,8 @@ class Node:
     gpus: float = 0.0
     draining: bool = False
     """The cluster is about to remove it."""
+    cordoned: bool = False
+    """No new worker is placed on it; those that run there stay."""
 
 
 def current_nodes() -> list[Node]:
@@ -28,9 +31,15 @@ def current_nodes() -> list[Node]:
     from ray._private.state import available_resources_per_node, state
 
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    draining = set(state.get_draining_nodes() or ())
+    draining, cordoned = set(state.get_draining_nodes() or ()), cordoned_ids()
     return [
-        Node(id=node, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), draining=node in draining)
+        Node(
+            id=node,
+            cpus=resources.get("CPU", 0.0),
+            gpus=resources.get("GPU", 0.0),
+            draining=node in draining,
+            cordoned=node in cordoned,
+        )
         for node, resources in available_resources_per_node().items()
         if node in alive
     ]
@@ -47,8 +56,11 @@ def max_workers(nodes: Iterable[Node], config: TrainConfig, own_workers: Mapping
         if node.draining:
             continue
         own_workers_here = (own_workers or {}).get(node.id, 0)
-        cpus = node.cpus + own_workers_here * parallel.cpus_per_worker
-        gpus = node.gpus + own_workers_here * parallel.gpus_per_worker
+        if node.cordoned and not own_workers_here:
+            continue
+        free_cpus, free_gpus = (0.0, 0.0) if node.cordoned else (node.cpus, node.gpus)
+        cpus = free_cpus + own_workers_here * parallel.cpus_per_worker
+        gpus = free_gpus + own_workers_here * parallel.gpus_per_worker
         free_and_needed = ((cpus, parallel.cpus_per_worker), (gpus, parallel.gpus_per_worker))
         node_capacity = min(
             (int((free + 1e-6) // needed) for free, needed in free_and_needed if needed), default=parallel.workers

@@ -56,3 +56,11 @@ def test_capacity_counts_whole_tensor_groups_on_each_node():
     assert max_workers([Node(id="a", cpus=4)], elastic(1, 4)) == 2
     assert max_workers([Node(id="a", cpus=1)], elastic(1, 4), {"a": 3}) == 2
     assert max_workers([Node(id="a", cpus=1.25)], elastic(1, 4), {"a": 3}) == 4
+
+
+def test_a_cordoned_node_has_room_for_its_own_workers_only():
+    config = elastic(1, 4)
+    nodes = [Node(id="a", cpus=2.25), Node(id="b", cpus=3, cordoned=True)]
+    assert max_workers(nodes, config) == 2
+    # Two run there already, and stay.
+    assert max_workers(nodes, config, {"b": 2}) == 4
