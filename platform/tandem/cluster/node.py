@@ -143,9 +143,17 @@ def slot_options(slot: int, *, head: bool) -> list[str]:
     return [*found, f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"] if head else found
 
 
+def cluster_address(arguments: Sequence[str]) -> str | None:
+    """HOST:PORT of the cluster of which a head's options make it the head; None where they do not say both."""
+    host, port = option(arguments, "--node-ip-address"), option(arguments, "--port")
+    return f"{host}:{port}" if host and port else None
+
+
 def _start(folder: Path, node: RunningNode) -> None:
-    haproxy_ports, gateway_ports, arguments = HAPROXY_PORTS, GATEWAY_PORTS, node.arguments
+    haproxy_ports, gateway_ports, arguments, cluster = HAPROXY_PORTS, GATEWAY_PORTS, node.arguments, None
     if node.slot is not None:
+        # Where a machine has several clusters, Ray's processes do not guess which is theirs (Ray Train's do elsewhere).
+        cluster = option(arguments, "--address") or cluster_address(arguments)
         haproxy_ports, gateway_ports = free_ports(len(HAPROXY_PORTS)), free_block()
         arguments = (*arguments, *slot_options(node.slot, head="--head" in arguments))
     variables = {
@@ -174,7 +182,7 @@ def _start(folder: Path, node: RunningNode) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment.child_environment({**variables, "RAY_ADDRESS": None}),
+            env=environment.child_environment({**variables, "RAY_ADDRESS": cluster}),
             timeout=START_TIMEOUT_S,
             check=False,
         )

@@ -83,7 +83,7 @@ class ModelCache:
             make_private_folder(self.root)
             while True:
                 # One process of a node fetches; the others wait for it.
-                with self._lock(remote.fingerprint, fcntl.LOCK_EX):
+                with self._lock(f"{remote.fingerprint}.fetch", fcntl.LOCK_EX):
                     if not _is_whole(folder):
                         shutil.rmtree(folder, ignore_errors=True)
                         self._check_size(remote)
@@ -91,12 +91,12 @@ class ModelCache:
                         with store_errors(remote.uri, "read"):
                             self._bring(remote, list(remote.sizes), folder)
                     os.utime(folder)
-                lock = self._open_lock(remote.fingerprint)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                use = self._open_lock(remote.fingerprint)
+                fcntl.flock(use, fcntl.LOCK_SH)
                 if folder.is_dir():
-                    _used_copies.append(lock)
+                    _used_copies.append(use)
                     return folder
-                lock.close()  # another process has made room between the two locks
+                use.close()  # another process has made room between the two locks
 
     def make_room(self, needed_bytes: int) -> list[str]:
         """Remove the least recently used copies that no process uses, until so much is free; returns their fingerprints."""
@@ -147,13 +147,13 @@ class ModelCache:
             shutil.rmtree(staging, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _lock(self, fingerprint: str, how: int) -> Iterator[None]:
-        with self._open_lock(fingerprint) as lock:
+    def _lock(self, name: str, how: int) -> Iterator[None]:
+        with self._open_lock(name) as lock:
             fcntl.flock(lock, how)
             yield
 
-    def _open_lock(self, fingerprint: str) -> IO[bytes]:
-        return (self.root / f".{fingerprint}.lock").open("ab")
+    def _open_lock(self, name: str) -> IO[bytes]:
+        return (self.root / f".{name}.lock").open("ab")
 
 
 def describe(uri: str) -> RemoteModel:
