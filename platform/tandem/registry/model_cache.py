@@ -105,7 +105,7 @@ class ModelCache:
             for path in self.root.iterdir()
             if path.is_dir() and path.name != "metadata" and not path.name.startswith(".")
         )
-        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in copies}
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.name != RECORD) for _, path in copies}
         total, removed = sum(sizes.values()) + needed_bytes, []
         for _, path in copies:
             if total <= self.limit_bytes:
