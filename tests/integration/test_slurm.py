@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
+from bench.cluster.slurm_tunnel import is_master
 from bench.harness.slurm_site import Site, slurm_site
 from drivers import losses
 from hosts import REPOSITORY, SUBNET, skipped_where_unavailable, wait_until
@@ -141,16 +143,22 @@ def test_a_tunnel_connects_again_at_the_same_port(site: Site, served: Connection
     with site.tunnel(18301) as process:
         ask = client(18301, served.api_key).completions.create
         ask(model=served.models[0], prompt="the cat", max_tokens=2)
-        link = f"v{site.login.namespace}"
-        subprocess.run(["ip", "link", "set", link, "down"], check=True)
-        time.sleep(6)
-        subprocess.run(["ip", "link", "set", link, "up"], check=True)
 
         def answers() -> bool:
             with contextlib.suppress(Exception):
                 return bool(ask(model=served.models[0], prompt="the cat", max_tokens=2).usage)
             return False
 
+        # A killed process leaves its socket.
+        for connection in psutil.process_iter():
+            if is_master(connection):
+                connection.kill()
+        wait_until(answers, 30, "the tunnel did not connect again after a kill")
+        assert len([each for each in psutil.process_iter() if is_master(each)]) == 1
+        link = f"v{site.login.namespace}"
+        subprocess.run(["ip", "link", "set", link, "down"], check=True)
+        time.sleep(6)
+        subprocess.run(["ip", "link", "set", link, "up"], check=True)
         wait_until(answers, 30, "the tunnel did not connect again")
         assert process.poll() is None
 

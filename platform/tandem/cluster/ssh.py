@@ -68,6 +68,8 @@ class SshConnection:
 
     def open_again(self, on_line: Callable[[str], None]) -> None:
         """Connect after the connection was lost. `on_line` gets what ssh says, line by line; questions go to the terminal."""
+        # Left by a process that was killed. ssh would connect all the same, without commands or forwarded ports.
+        self._socket.unlink(missing_ok=True)
         process = subprocess.Popen(
             self._master(CONNECT_AGAIN_S), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

@@ -59,6 +59,15 @@ def test_what_ssh_says_when_it_connects_again_is_passed_on(ssh: Path) -> None:
     assert lines == ["No route to host"]
 
 
+def test_the_socket_of_a_killed_connection_does_not_keep_the_next_one_from_its_own(ssh: Path) -> None:
+    connection = SshConnection(SshConfig(host="ann@gate"))
+    stale = connection.folder / "s"
+    ssh.write_text(f"#!/bin/sh\n[ ! -e {stale} ]\n")
+    stale.touch()
+    connection.open_again(lambda line: None)
+    assert not stale.exists()
+
+
 def test_a_program_that_is_not_there_is_named(ssh: Path) -> None:
     with pytest.raises(ClusterError, match=r"This machine has no `no-such-program`\. Install it\."):
         run_program(["no-such-program", "x"], timeout_s=1, hint="Install it.")
