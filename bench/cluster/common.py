@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import time
@@ -28,6 +29,8 @@ ANSWER_S = 30.0
 
 def exit_status(measure: Callable[[], int]) -> int:
     """Run a program's measurement; says why, with `SKIPPED_STATUS`, on a machine that cannot have the hosts."""
+    # Hosts, Slurm and its jobs are ended when the measurement is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return measure()
     except UnavailableError as error:
