@@ -1,6 +1,6 @@
-"""An app on two nodes whose head is a third: links that are cut, a lost node, a killed head, a clock that is wrong.
+"""An app on two nodes whose head is a third: links that are cut, a lost node, a killed head.
 
-Clients ask at the first worker; what fails is the second one or the head. The second worker's clock is 5 s fast all the time.
+Clients ask at the first worker; what fails is the second one or the head.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ models:
 gateway: {{replicas: 2}}
 listen: {{host: 0.0.0.0}}
 """
-FAST_CLOCK = "export LD_PRELOAD={library} FAKETIME=+5s FAKETIME_DONT_FAKE_MONOTONIC=1\n"
 PLACES = """
 import json, ray
 from ray.serve.context import _get_global_client
@@ -169,15 +168,6 @@ def cut_off(host: Host) -> Iterator[None]:
         subprocess.run(["ip", "link", "set", f"v{host.name}", "up"], check=True)
 
 
-def faketime() -> Path:
-    """The library that changes a process's clock."""
-    found = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-    if found is None:
-        subprocess.run([str(REPOSITORY / "scripts" / "install-test-servers"), "hosts"], check=True, timeout=300)
-        found = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    return found
-
-
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """Three nodes, each started by `tandem node start --restart`, and an app with a replica and a gateway on each worker."""
@@ -194,8 +184,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
             f"export RAY_AUTH_TOKEN_PATH={token} RAY_AUTH_MODE=token RAY_ADDRESS={head.address}:6379\n"
         )
         for host in (head, near, far):
-            own = environment + (FAST_CLOCK.format(library=faketime()) if host is far else "")
-            host.run(f"cat > ~/.bashrc <<'END'\n{own}END")
+            host.run(f"cat > ~/.bashrc <<'END'\n{environment}END")
         head.run("tandem db upgrade")
         head.run(
             "mkdir -p ~/gcs && RAY_gcs_storage=rocksdb RAY_gcs_storage_path=$HOME/gcs tandem node start --head --restart "
