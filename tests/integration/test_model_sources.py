@@ -24,6 +24,7 @@ from tandem.errors import ConfigError, EngineError, StorageError
 from tandem.registry import Registry
 from tandem.registry import model_cache as module
 from tandem.registry.model_cache import RECORD, ModelCache, describe
+from tandem.serve.replica import files as files_module
 from tandem.serve.replica.files import with_files
 from tandem.settings import child_environment
 from tandem.storage import file_system
@@ -102,6 +103,49 @@ def test_a_model_that_changed_since_the_deploy_is_not_loaded(uri: str, tmp_path:
     with pytest.raises(EngineError, match="has changed since the app was deployed. Deploy the app again"):
         with_files(model)
     assert resolved(uri, tmp_path).fingerprint != model.fingerprint
+
+
+def test_a_node_that_has_the_files_starts_replicas_without_the_store(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resolved(uri, tmp_path)
+    here = with_files(model)
+    monkeypatch.setattr(files_module, "describe", lambda uri: pytest.fail("the store was asked"))
+    assert with_files(model) == here
+
+
+def test_a_model_that_is_replaced_while_it_is_read_is_not_kept(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, copy = describe(uri), module._copy
+
+    def replaced_meanwhile(files: object, source: str, target: Path) -> str:
+        if target.name == "model.safetensors":
+            content = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
+            content[-1] ^= 1
+            file_system(uri).pipe_file(source, bytes(content))
+        return copy(files, source, target)
+
+    monkeypatch.setattr(module, "_copy", replaced_meanwhile)
+    cache = ModelCache.open()
+    with pytest.raises(StorageError, match="changed while it was read"):
+        cache.fetch(remote)
+    assert [path.name for path in cache.root.iterdir() if path.is_dir()] == []
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next_fetch(uri: str) -> None:
+    remote, cache = describe(uri), ModelCache.open()
+    leftover = cache.root / f".{remote.fingerprint}.tmp"
+    leftover.mkdir(parents=True, mode=0o700)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    assert (cache.fetch(remote) / "model.safetensors").stat().st_size > 4
+    assert not leftover.exists()
+
+
+def test_a_full_disk_makes_room_and_is_named(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_bytes", lambda path: 10)
+    with pytest.raises(StorageError, match="GiB free beside models that are in use. Set TANDEM_CACHE"):
+        ModelCache.open().fetch(describe(uri))
 
 
 def test_a_damaged_copy_is_fetched_again(uri: str, tmp_path: Path) -> None:

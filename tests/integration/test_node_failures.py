@@ -254,7 +254,9 @@ def test_a_node_that_is_lost_is_replaced(deployed: Deployed) -> None:
         async with probing(deployed) as probes:
             await asyncio.sleep(1.0)
             await asyncio.to_thread(
-                deployed.far.run, "pkill -KILL -f tandem.cluster.node; pkill -KILL -f ray; pkill -KILL haproxy; true"
+                deployed.far.run,
+                # Brackets: the patterns are not to match this command itself.
+                "pkill -KILL -f 'tandem[.]cluster[.]node'; pkill -KILL -x raylet; pkill -KILL -f '[r]ay::'; pkill -KILL -x haproxy; true",
             )
             lost_at = time.monotonic()
             await asyncio.sleep(10.0)

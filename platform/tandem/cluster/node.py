@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -32,12 +31,13 @@ from tandem.cluster.node_checks import (
     check_durable,
     check_filled_in,
     check_ports,
+    check_restart,
     option,
     require_token,
 )
 from tandem.cluster.ports import free_block, free_ports
 from tandem.cluster.reaper import KEEP_MARKS
-from tandem.errors import ClusterError, ConfigError, UnsafePathError
+from tandem.errors import ClusterError, ConfigError, TandemError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
 from tandem.storage import write_atomic
 
@@ -52,7 +52,11 @@ SLOTS = 20
 START_TIMEOUT_S = 180.0
 WATCH_S = 1.0
 """Seconds between checks of the node's processes."""
-LOG = "node.log"
+APPEAR_S = 5.0
+"""Seconds in which a process that was just started may not have its name yet."""
+SETTLED_S = 60.0
+"""Seconds after which a node that ends is started again at once; one that lived for less waits longer each time."""
+LOG, MAX_LOG_BYTES = "node.log", 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,13 +214,18 @@ def supervise(node: RunningNode) -> None:
     longer than its health checks allow, and the raylet ends when it hears of that. Returns when the node was stopped, or
     another one was started.
     """
+    pauses = restart_pauses()
     while True:
+        started_at = time.monotonic()
         _wait_for_end(node.mark)
         if not node.restart:
             with _lock_node():
                 _end(node.mark)
             return
-        restarted = _restart(node)
+        if time.monotonic() - started_at > SETTLED_S:
+            pauses = restart_pauses()
+        time.sleep(next(pauses))
+        restarted = _restart(node, pauses)
         if restarted is None:
             return
         node = restarted
@@ -224,56 +233,57 @@ def supervise(node: RunningNode) -> None:
 
 def _wait_for_end(mark: str) -> None:
     """Return when the node's raylet, or its GCS on a head, has ended."""
-    watched = [
+    deadline = time.monotonic() + APPEAR_S
+    while not (watched := _watched(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    while watched and all(_is_alive(process, name) for process, name in watched):
+        time.sleep(WATCH_S)
+
+
+def _watched(mark: str) -> list[tuple[psutil.Process, str]]:
+    return [
         (process, name)
         for process in marked_processes(mark)
         for name in ("raylet", "gcs_server")
         if _is_alive(process, name)
     ]
-    while watched and all(_is_alive(process, name) for process, name in watched):
-        time.sleep(WATCH_S)
 
 
-def _restart(node: RunningNode) -> RunningNode | None:
+def restart_pauses() -> Iterator[float]:
+    """Seconds before the next attempts to start a node again."""
+    return itertools.chain((1.0, 2.0, 5.0), itertools.repeat(10.0))
+
+
+def _restart(node: RunningNode, pauses: Iterator[float]) -> RunningNode | None:
     """Start the node again, trying until that works; None: it was stopped meanwhile, or another node was started."""
-    pauses = itertools.chain((1.0, 2.0, 5.0), itertools.repeat(10.0))
-    address = option(node.arguments, "--address")
     while True:
         with _lock_node() as folder:
             if _recorded_node() != node:
                 return None
             end_marked_processes(node.mark)
-            problem = None if address is None else _unreachable(address)
-            if problem is None:
+            try:
+                check_restart(node.arguments)
                 new = replace(node, mark=secrets.token_hex(8))
-                try:
-                    if new.slot is None:
-                        check_ports(HAPROXY_PORTS)
-                    _start(folder, new)
-                    _log(folder, "The node had ended and has been started again.")
-                    return new
-                except ClusterError as error:
-                    problem = str(error)
-                    # The failed start has removed it.
-                    _write_record(folder, node)
-            _log(folder, f"The node has ended and does not start yet: {problem}")
+                if new.slot is None:
+                    check_ports(HAPROXY_PORTS)
+                _start(folder, new)
+                _log(folder, "The node had ended and has been started again.")
+                return new
+            except (TandemError, OSError) as error:
+                # A failed start has removed it.
+                _write_record(folder, node)
+                _log(folder, f"The node has ended and does not start yet: {error}")
         time.sleep(next(pauses))
 
 
-def _unreachable(address: str) -> str | None:
-    """Why nothing answers at HOST:PORT; None where something does. `ray start` would take minutes to say so."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
-            return None
-    except OSError as error:
-        return f"{address} cannot be reached ({error})."
-
-
 def _log(folder: Path, text: str) -> None:
-    """Add a line to the node's log, which is the record of its restarts."""
-    with (folder / LOG).open("a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
+    """Add a line to the node's log, which is the record of its restarts; a full disk is no reason not to start."""
+    with contextlib.suppress(OSError):
+        path = folder / LOG
+        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        with path.open("a") as file:
+            file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
 
 
 def stop() -> int:

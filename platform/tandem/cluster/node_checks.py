@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tandem import settings as environment
+from tandem.cluster.health.cordons import read_cordons
 from tandem.errors import ClusterError, ConfigError
 
 
@@ -57,6 +58,28 @@ def check_ports(ports: Iterable[int]) -> None:
                     f"Port {port} of this machine is taken, perhaps by a node of another user; a machine has room for one node. "
                     "`ss -ltnp` shows who has it."
                 ) from error
+
+
+def check_restart(arguments: Sequence[str]) -> None:
+    """ClusterError where a node is not to be started again yet: it is cordoned, or its head cannot be reached.
+
+    A node that was drained ends by itself too; its cordon keeps it away. `ray start` would take minutes to miss a head.
+    """
+    names = {socket.gethostname(), option(arguments, "--node-ip-address")}
+    if any(cordon.node in names for cordon in read_cordons()):
+        raise ClusterError("it is cordoned; `tandem cluster uncordon` lets it join again.")
+    address = option(arguments, "--address")
+    if address is None:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0) as connection:
+            # The address that the head sees is the node's, unless it was told another one.
+            own = connection.getsockname()[0]
+    except OSError as error:
+        raise ClusterError(f"{address} cannot be reached ({error}).") from error
+    if any(cordon.node == own for cordon in read_cordons()):
+        raise ClusterError("it is cordoned; `tandem cluster uncordon` lets it join again.")
 
 
 def check_durable() -> None:

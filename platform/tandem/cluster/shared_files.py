@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from tandem.cluster.health.cordons import cordoned_ids
 from tandem.errors import ClusterError
 from tandem.storage import disk_errors
 
@@ -17,12 +18,15 @@ TIMEOUT_S = 20.0
 def check_same_files(home: Path, folders: Sequence[Path] = ()) -> None:
     """ClusterError that names nodes of the connected cluster on which `home` is another folder, or one of `folders` not there.
 
-    A file with a random word is written to `home`, and every node reads it. A cluster of one node is not asked.
+    A file with a random word is written to `home`, and every node reads it. A cluster of one node is not asked, nor are cordoned
+    nodes.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+    for cordoned in cordoned_ids():
+        nodes.pop(cordoned, None)
     if len(set(nodes.values())) < 2:
         return
     word = secrets.token_hex(16)
@@ -46,13 +50,15 @@ def check_same_files(home: Path, folders: Sequence[Path] = ()) -> None:
                 if seen != word:
                     problems.append(f"{home} (TANDEM_HOME) is another folder on {tasks[task]}, or not there.")
                 problems += [f"{folder} is not there on {tasks[task]}." for folder in missing]
+        for task in set(tasks) - set(done):
+            ray.cancel(task)
     finally:
         token.unlink(missing_ok=True)
     if problems:
         raise ClusterError(
             f"The {len(nodes)} nodes of this cluster do not see the same files: {' '.join(sorted(problems))} Mount one file "
-            "system at the same path on every node, and set TANDEM_HOME below it; or name models and data by URIs of an object "
-            "store."
+            "system at the same path on every node, and set TANDEM_HOME below it; `tandem cluster cordon` keeps a node out "
+            "until then."
         )
 
 

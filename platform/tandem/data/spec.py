@@ -20,8 +20,8 @@ from tandem.data.shards import samples_in
 from tandem.data.sources.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.tar import READ_ERRORS
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import DataError
-from tandem.storage import Location, file_system, is_remote
+from tandem.errors import DataError, StorageError
+from tandem.storage import Location, file_system, is_remote, store_errors
 
 READ_AGAIN_S = (0.5, 2.0, 8.0)
 """Pauses after which a shard that could not be read is tried again."""
@@ -99,17 +99,19 @@ class Source:
                     f"{path} is damaged: its bytes are not those that index.json has the digest of. {rebuild_hint}"
                 )
             return self.spec.rows(samples_in(io.BytesIO(data)))
+        except StorageError as error:
+            raise DataError(str(error)) from error
         except (*READ_ERRORS, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {rebuild_hint}") from error
 
 
 def read_shard(path: Location) -> bytes:
-    """The bytes of a shard, at a path or URI. OSError if it cannot be read, also when that is tried again."""
+    """The bytes of a shard, at a path or URI. OSError or StorageError if it cannot be read, also when that is tried again."""
     # A shard that is left out changes the order of rows after it: a short outage of the storage must not do that.
     for pause in (*READ_AGAIN_S, None):
         try:
             return _read(path)
-        except OSError:
+        except (OSError, StorageError):
             if pause is None:
                 raise
             time.sleep(pause)
@@ -119,7 +121,9 @@ def read_shard(path: Location) -> bytes:
 def _read(path: Location) -> bytes:
     if not is_remote(path):
         return Path(path).read_bytes()
-    content: bytes = file_system(path).cat_file(path)
+    # Stores' clients have errors of their own for a connection that fails.
+    with store_errors(path, "read"):
+        content: bytes = file_system(path).cat_file(path)
     return content
 
 

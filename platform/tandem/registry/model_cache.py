@@ -24,7 +24,7 @@ from tandem.errors import ConfigError, StorageError
 from tandem.ids import digest
 from tandem.private import make_private_folder
 from tandem.settings import settings
-from tandem.storage import disk_errors, file_system, join, require_space, store_errors
+from tandem.storage import disk_errors, file_system, free_bytes, join, store_errors
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 """Ends of names of files that hold weights."""
@@ -72,8 +72,23 @@ class ModelCache:
         folder = self.root / "metadata" / remote.fingerprint
         if not folder.is_dir():
             names = [name for name in remote.sizes if not name.endswith(WEIGHTS)]
-            with store_errors(remote.uri, "read"):
-                self._bring(remote, names, folder)
+            staging = folder.with_name(f".{uuid.uuid4().hex}.tmp")
+            with store_errors(remote.uri, "read"), disk_errors("fetching a model's config", staging):
+                _bring(remote, names, staging, folder)
+        return folder
+
+    def use(self, fingerprint: str) -> Path | None:
+        """The folder of a model that is here already, kept while this process runs; None: it is not, or not whole."""
+        folder = self.root / fingerprint
+        if not _is_whole(folder):
+            return None
+        lock = self._open_lock(fingerprint)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if not _is_whole(folder):  # another process has made room meanwhile
+            lock.close()
+            return None
+        os.utime(folder)
+        _used_copies.append(lock)
         return folder
 
     def fetch(self, remote: RemoteModel) -> Path:
@@ -81,42 +96,53 @@ class ModelCache:
         folder = self.root / remote.fingerprint
         with disk_errors("fetching a model", self.root):
             make_private_folder(self.root)
-            while True:
+            while (used := self.use(remote.fingerprint)) is None:
                 # One process of a node fetches; the others wait for it.
                 with self._lock(f"{remote.fingerprint}.fetch", fcntl.LOCK_EX):
                     if not _is_whole(folder):
                         shutil.rmtree(folder, ignore_errors=True)
                         self._check_size(remote)
+                        # Of a process that was killed while it fetched.
+                        staging = self.root / f".{remote.fingerprint}.tmp"
+                        shutil.rmtree(staging, ignore_errors=True)
                         self.make_room(remote.bytes)
+                        self._check_space(remote)
                         with store_errors(remote.uri, "read"):
-                            self._bring(remote, list(remote.sizes), folder)
-                    os.utime(folder)
-                use = self._open_lock(remote.fingerprint)
-                fcntl.flock(use, fcntl.LOCK_SH)
-                if folder.is_dir():
-                    _used_copies.append(use)
-                    return folder
-                use.close()  # another process has made room between the two locks
+                            _bring(remote, list(remote.sizes), staging, folder)
+        return used
 
     def make_room(self, needed_bytes: int) -> list[str]:
-        """Remove the least recently used copies that no process uses, until so much is free; returns their fingerprints."""
-        copies = sorted(
-            (path.stat().st_mtime, path)
-            for path in self.root.iterdir()
-            if path.is_dir() and path.name != "metadata" and not path.name.startswith(".")
-        )
-        sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.name != RECORD) for _, path in copies}
-        total, removed = sum(sizes.values()) + needed_bytes, []
-        for _, path in copies:
-            if total <= self.limit_bytes:
-                break
-            with contextlib.suppress(BlockingIOError), self._lock(path.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                trash = path.with_name(f".{uuid.uuid4().hex}.old")
-                path.rename(trash)
-                shutil.rmtree(trash, ignore_errors=True)
-                removed.append(path.name)
-                total -= sizes[path]
+        """Remove the least recently used copies that no process uses, until so much fits; returns their fingerprints.
+
+        It fits where the limit holds, and the disk has the space.
+        """
+        with self._lock("eviction", fcntl.LOCK_EX):
+            copies = sorted(
+                (path.stat().st_mtime, path)
+                for path in self.root.iterdir()
+                if path.is_dir() and path.name != "metadata" and not path.name.startswith(".")
+            )
+            sizes = {path: _size(path) for _, path in copies}
+            total, removed = sum(sizes.values()) + needed_bytes, []
+            for _, path in copies:
+                if total <= self.limit_bytes and free_bytes(self.root) >= needed_bytes:
+                    break
+                with contextlib.suppress(BlockingIOError), self._lock(path.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    trash = path.with_name(f".{uuid.uuid4().hex}.old")
+                    path.rename(trash)
+                    shutil.rmtree(trash, ignore_errors=True)
+                    removed.append(path.name)
+                    total -= sizes[path]
+            for leftover in self.root.glob(".*.old"):
+                shutil.rmtree(leftover, ignore_errors=True)
         return removed
+
+    def _check_space(self, remote: RemoteModel) -> None:
+        if (free := free_bytes(self.root)) < remote.bytes:
+            raise StorageError(
+                f"{remote.uri} has {remote.bytes / 2**30:.2f} GiB, and the disk of {self.root} has {free / 2**30:.2f} GiB free "
+                "beside models that are in use. Set TANDEM_CACHE to a folder on a larger disk of the node."
+            )
 
     def _check_size(self, remote: RemoteModel) -> None:
         if remote.bytes > self.limit_bytes:
@@ -124,27 +150,6 @@ class ModelCache:
                 f"{remote.uri} has {remote.bytes / 2**30:.2f} GiB, and this node keeps {self.limit_bytes / 2**30:.2f} GiB of "
                 "models. Raise TANDEM_MODEL_CACHE_GIB."
             )
-
-    def _bring(self, remote: RemoteModel, names: list[str], folder: Path) -> None:
-        """Copy files of the model to `folder`, which appears when all are there."""
-        staging = folder.with_name(f".{uuid.uuid4().hex}.tmp")
-        make_private_folder(staging)
-        try:
-            require_space(staging, sum(remote.sizes[name] for name in names), f"The model at {remote.uri}")
-            files = file_system(remote.uri)
-            with ThreadPoolExecutor(CONCURRENT_FILES, thread_name_prefix="model-files") as pool:
-                digests = list(pool.map(lambda name: _copy(files, str(join(remote.uri, name)), staging / name), names))
-            for name in names:
-                if (staging / name).stat().st_size != remote.sizes[name]:
-                    raise StorageError(
-                        f"{remote.uri} changed while it was read: {name} has another size now. Try again."
-                    )
-            record = {"uri": remote.uri, "sizes": {name: remote.sizes[name] for name in names}}
-            (staging / RECORD).write_text(json.dumps({**record, "sha256": dict(zip(names, digests, strict=True))}))
-            with contextlib.suppress(OSError):  # another process has brought the same
-                staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     @contextlib.contextmanager
     def _lock(self, name: str, how: int) -> Iterator[None]:
@@ -179,6 +184,28 @@ def describe(uri: str) -> RemoteModel:
     sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items())}
     content = [[name, size, _tag(entries[name])] for name, size in sizes.items()]
     return RemoteModel(uri=uri, sizes=sizes, fingerprint=digest([uri, content])[:32])
+
+
+def _bring(remote: RemoteModel, names: list[str], staging: Path, folder: Path) -> None:
+    """Copy files of the model to `staging`, which becomes `folder` when all are there."""
+    make_private_folder(staging)
+    try:
+        files = file_system(remote.uri)
+        with ThreadPoolExecutor(CONCURRENT_FILES, thread_name_prefix="model-files") as pool:
+            digests = list(pool.map(lambda name: _copy(files, str(join(remote.uri, name)), staging / name), names))
+        # A model that is replaced while it is read would be a mixture of both for ever.
+        if describe(remote.uri).fingerprint != remote.fingerprint:
+            raise StorageError(f"{remote.uri} changed while it was read. Deploy the app again.")
+        record = {"uri": remote.uri, "sizes": {name: remote.sizes[name] for name in names}}
+        (staging / RECORD).write_text(json.dumps({**record, "sha256": dict(zip(names, digests, strict=True))}))
+        with contextlib.suppress(OSError):  # another process has brought the same
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name != RECORD)
 
 
 def _tag(entry: dict[str, Any]) -> str:

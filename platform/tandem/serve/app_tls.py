@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import itertools
 import os
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -25,6 +27,10 @@ APP_NAME = "app.tandem.internal"
 VALID = dt.timedelta(days=3650)
 CLOCK_TOLERANCE = dt.timedelta(hours=1)
 """Certificates are valid from before they were made: the clocks of nodes differ."""
+ENROLL_S = 10.0
+"""Seconds that the directory may take to sign a certificate, before it is asked again."""
+STARTING_PATIENCE_S = 60.0
+"""Seconds for which a new replica asks for its certificate: a directory whose node was lost is somewhere else by then."""
 HANDSHAKE_S = 5.0
 """Seconds that a client may take for its handshake."""
 
@@ -150,8 +156,10 @@ class Identity:
 class Membership:
     """Membership of this process in its app: asks the directory for a certificate once, when it is first needed."""
 
-    def __init__(self, enroll: Enroll) -> None:
+    def __init__(self, enroll: Enroll, patience_s: float = 0.0) -> None:
+        """`patience_s`: seconds for which a directory that does not answer is asked again."""
         self._enroll = enroll
+        self._patience_s = patience_s
         self._lock = asyncio.Lock()
         self._enrolled: tuple[Identity, bool] | None = None
         self._client: ssl.SSLContext | None = None
@@ -168,11 +176,25 @@ class Membership:
             self._client = identity.client()
         return self._client
 
+    async def _ask(self, request: bytes) -> Enrollment:
+        """The directory's answer; asked again for a while where it is being replaced, as when its node was lost."""
+        deadline = time.monotonic() + self._patience_s
+        pauses = itertools.chain((0.2, 0.5, 1.0), itertools.repeat(2.0))
+        while True:
+            try:
+                async with asyncio.timeout(ENROLL_S):
+                    return await self._enroll(request)
+            except Exception:  # whatever Ray raises where no directory is there
+                pause = next(pauses)
+                if time.monotonic() + pause > deadline:
+                    raise
+                await asyncio.sleep(pause)
+
     async def _join(self) -> tuple[Identity, bool]:
         async with self._lock:
             if self._enrolled is None:
                 key, request = new_request()
-                answer = await self._enroll(request)
+                answer = await self._ask(request)
                 identity = Identity(key=key, certificate=answer.certificate, authority=answer.authority)
                 self._enrolled = identity, answer.required
         return self._enrolled

@@ -6,11 +6,13 @@ import os
 import socket
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tandem.cluster import node
+from tandem.cluster.health.cordons import Cordon, remove_cordon, write_cordon
 from tandem.cluster.marks import marked_processes
 from tandem.cluster.ports import free_ports
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
@@ -164,7 +166,10 @@ def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, 
     assert recorded_mark() is None
 
 
-def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(folder: Path, fake_ray: None) -> None:
+def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(
+    folder: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "APPEAR_S", 0.1)
     node.start(["--head"])
     first = str(recorded_mark())
     assert processes_of(first, 1)
@@ -239,6 +244,28 @@ def test_a_worker_waits_for_its_head_to_be_reached_before_it_starts_again(
         while recorded_mark() == first and time.monotonic() < deadline:
             time.sleep(0.1)
         assert processes_of(recorded_mark(), 1) and recorded_mark() != first
+    node.stop()
+
+
+def test_a_cordoned_node_stays_away_until_it_may_join_again(
+    folder: Path, fake_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    node.start(["--head", "--restart"])
+    first = str(recorded_mark())
+    # As `tandem cluster cordon --drain` does, after which the raylet ends by itself.
+    cordon = Cordon(node=socket.gethostname(), reason="a test", by="ann", at=datetime.now(UTC))
+    write_cordon(cordon)
+    end_raylet(first)
+    time.sleep(4.5)
+    assert recorded_mark() == first and not marked_processes(first)
+    assert "it is cordoned" in (folder / "node.log").read_text()
+    remove_cordon(cordon.node)
+    deadline = time.monotonic() + 30
+    while recorded_mark() == first and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(recorded_mark(), 1) and recorded_mark() != first
     node.stop()
 
 

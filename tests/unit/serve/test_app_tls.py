@@ -14,7 +14,7 @@ from tandem.gateway.replicas.engine_http import EngineHttpError
 from tandem.gateway.replicas.engine_pool import EngineConnections
 from tandem.routing.records import TOKEN_HEADER, ReplicaRecord
 from tandem.serve import directory as directory_module
-from tandem.serve.app_tls import APP_NAME, Authority, Identity, Membership, new_request
+from tandem.serve.app_tls import APP_NAME, Authority, Enrollment, Identity, Membership, new_request
 from tandem.serve.directory import Directory
 from tandem.serve.directory_link import DirectoryClient, DirectoryWatcher, ReplicaReporter
 from tandem.serve.directory_protocol import Hello, encode_hello, frame
@@ -99,9 +99,11 @@ async def test_an_engine_answers_the_gateways_of_its_app_only(directory: Directo
         assert host.url.startswith("https://")
         status, body = await ask(host, own)
         assert status == 200 and b"one two three" in body
-        for connections in (other, EngineConnections(2.0)):
-            with pytest.raises(EngineHttpError):
-                await ask(host, connections)
+        with pytest.raises(EngineHttpError):
+            await ask(host, other)
+        # A gateway without a certificate does not fall back to plain HTTP, with which it would send its token.
+        with pytest.raises(EngineHttpError, match="this gateway has no certificate"):
+            await ask(host, EngineConnections(2.0))
         own.close()
         other.close()
 
@@ -129,6 +131,34 @@ async def test_an_engine_is_not_asked_where_the_directory_gives_no_certificate(d
         connections = EngineConnections(2.0, Membership(unreachable).client)  # type: ignore[arg-type]
         with pytest.raises(EngineHttpError, match="no certificate from the directory: the directory is being replaced"):
             await ask(host, connections)
+
+
+async def test_a_client_that_makes_no_handshake_is_disconnected(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "HANDSHAKE_S", 0.3)
+    async with engine(await Membership(directory.enroll).server()) as host:
+        address = host.url.removeprefix("https://").split(":")
+        reader, writer = await asyncio.open_connection(address[0], int(address[1]))
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+
+
+async def test_a_new_replica_asks_again_while_the_directory_is_being_replaced(directory: Directory) -> None:
+    calls = 0
+
+    async def enroll(request: bytes) -> Enrollment:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise RuntimeError("the actor is dead")
+        return await directory.enroll(request)
+
+    assert await Membership(enroll, patience_s=10.0).server() is not None
+    calls = 0
+    with pytest.raises(RuntimeError, match="the actor is dead"):
+        await Membership(enroll).server()
 
 
 async def test_connections_above_an_engines_limit_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:

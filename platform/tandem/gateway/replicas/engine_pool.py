@@ -107,8 +107,10 @@ class EngineConnections:
         return connection
 
     async def _context(self, scheme: str) -> ssl.SSLContext | None:
-        if scheme != "https" or self._tls is None:
+        if scheme != "https":
             return None
+        if self._tls is None:
+            raise NotConnectedError("it speaks TLS, and this gateway has no certificate")
         try:
             return await self._tls()
         except TimeoutError:

@@ -24,7 +24,7 @@ from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.secret_values import resolve_references
-from tandem.serve.app_tls import Membership
+from tandem.serve.app_tls import STARTING_PATIENCE_S, Membership
 from tandem.serve.directory_link import DirectoryClient, ReplicaReporter
 from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
@@ -65,7 +65,7 @@ class EngineReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._stall = StallDetector(model.config.stuck_after_s)
-        membership = Membership(directory.enroll.remote)
+        membership = Membership(directory.enroll.remote, STARTING_PATIENCE_S)
         self._reporter = ReplicaReporter(
             DirectoryClient(directory.address.remote, membership.client), self.record, self._directory_answered
         )

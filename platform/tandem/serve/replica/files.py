@@ -16,9 +16,13 @@ def with_files(model: ServedModel) -> ServedModel:
     """
     if model.uri is None:
         return model
+    cache = ModelCache.open()
+    # A node that has the files needs no store to start another replica.
+    if (here := cache.use(model.fingerprint)) is not None:
+        return replace(model, path=str(here))
     remote = describe(model.uri)
     if remote.fingerprint != model.fingerprint:
         raise EngineError(
             f"{model.uri} has changed since the app was deployed. Deploy the app again: all replicas then get the new files."
         )
-    return replace(model, path=str(ModelCache.open().fetch(remote)))
+    return replace(model, path=str(cache.fetch(remote)))

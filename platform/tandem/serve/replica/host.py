@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tandem.engine.protocol import AdapterRef, Engine, EngineStats
 from tandem.engine.thread import EngineThread
+from tandem.serve.app_tls import HANDSHAKE_S
 from tandem.serve.replica.adapters import AdapterSlots
 from tandem.serve.replica.answer import RecordUsage
 from tandem.serve.replica.guard import Guard
@@ -157,5 +158,19 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        # uvicorn has no limit for the time of a TLS handshake, so it is given no sockets to listen on.
+        await super().startup(sockets=[])
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        for listening in sockets or ():
+            server = await loop.create_server(
+                self._new_connection,
+                sock=listening,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else HANDSHAKE_S,
+                backlog=self.config.backlog,
+            )
+            self.servers.append(server)
         self._ready()
+
+    def _new_connection(self) -> asyncio.Protocol:
+        return LimitedConnection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
