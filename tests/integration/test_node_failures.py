@@ -256,7 +256,8 @@ def test_a_node_that_is_lost_is_replaced(deployed: Deployed) -> None:
             await asyncio.to_thread(
                 deployed.far.run,
                 # Brackets: the patterns are not to match this command itself.
-                "pkill -KILL -f 'tandem[.]cluster[.]node'; pkill -KILL -x raylet; pkill -KILL -f '[r]ay::'; pkill -KILL -x haproxy; true",
+                "pkill -KILL -f 'tandem[.]cluster[.]node'; pkill -KILL -x raylet; pkill -KILL -f '[r]ay::'; "
+                "pkill -KILL -x haproxy; true",
             )
             lost_at = time.monotonic()
             await asyncio.sleep(10.0)
