@@ -290,7 +290,7 @@ def test_the_app_answers_while_the_head_is_away_and_changes_after_it_is_back(dep
     for host in (deployed.near, deployed.far):
         assert deployed.is_served_by(host)
     # The app can be changed again: Serve's controller has come back with its state.
-    shown = deployed.near.run("tandem serve deploy --set gateway.retry_after_s=7", timeout_s=240, check=False).stdout
+    shown = deployed.head.run("tandem serve deploy --set gateway.retry_after_s=7", timeout_s=240, check=False).stdout
     assert "is changed" in shown, shown
 
 

@@ -29,7 +29,7 @@ from tandem.tasks import stop
 
 URGENT_INTERVAL_S = 0.1
 """Shortest time between two messages to a gateway, in seconds: replicas that join, leave or change their state."""
-PUSH_INTERVAL_S = 0.35
+PUSH_INTERVAL_S = 0.25
 """Shortest time between two messages to a gateway about loads and adapters, which change all the time in a large fleet."""
 HELLO_S = 5.0
 """Seconds within which a connection has to send the token."""
