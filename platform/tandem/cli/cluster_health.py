@@ -81,7 +81,7 @@ def _show(terminal: Console, reports: Sequence[NodeReport], decision: Decision) 
     for report, finding in decision.cordon:
         terminal.print(f"[yellow]Cordoned {report.address}[/] for {finding.kind} (TANDEM_CORDON_ON).")
     for report in decision.spared:
-        terminal.print(f"{report.address} is not cordoned: half of the cluster is at most.")
+        terminal.print(f"{report.address} is not cordoned: half of the nodes are at most.")
     counts = {kind: [report for report in reports if report.severity == kind] for kind in ("bad", "warning", "ok")}
     terminal.print(
         f"{len(reports)} {'node' if len(reports) == 1 else 'nodes'}: "
@@ -90,7 +90,7 @@ def _show(terminal: Console, reports: Sequence[NodeReport], decision: Decision) 
     for report in counts["bad"]:
         kinds = ", ".join(dict.fromkeys(finding.kind for finding in report.findings if finding.severity == "bad"))
         terminal.print(f"[red]Bad: {report.address}[/] ({escape(report.host)}): {kinds}")
-        if report.cordon is None and report not in [each for each, _ in decision.cordon]:
+        if report.alive and report.cordon is None and report not in [each for each, _ in decision.cordon]:
             terminal.print(f"  [cyan]→ `tandem cluster cordon {report.address}` keeps new work away from it.[/]")
 
 

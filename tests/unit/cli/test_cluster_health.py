@@ -72,6 +72,6 @@ def test_the_report_names_bad_nodes_and_the_command_that_keeps_them_out() -> Non
     reports = [report("10.0.0.1", "ok"), report("10.0.0.2", "bad"), report("10.0.0.3", "bad")]
     _show(Console(file=text, width=200), reports, decide(reports, frozenset({"gpu_xid"})))
     said = text.getvalue()
-    assert "Cordoned 10.0.0.2 for gpu_xid" in said and "10.0.0.3 is not cordoned: half of the cluster" in said
+    assert "Cordoned 10.0.0.2 for gpu_xid" in said and "10.0.0.3 is not cordoned: half of the nodes" in said
     assert "3 nodes: 2 bad, 1 ok" in said and "`tandem cluster cordon 10.0.0.3`" in said
     assert "`tandem cluster cordon 10.0.0.2`" not in said and "→ Reboot it." in said
