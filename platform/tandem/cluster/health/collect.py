@@ -14,7 +14,7 @@ import psutil
 from tandem.cluster.health.amd import COMMAND as ROCM
 from tandem.cluster.health.amd import check_cards, parse_rocm
 from tandem.cluster.health.host import check_disks, check_memory
-from tandem.cluster.health.nvidia import check_gpus, check_nvlink, parse_nvlink, parse_query
+from tandem.cluster.health.nvidia import Gpu, check_gpus, check_nvlink, parse_nvlink, parse_query
 from tandem.cluster.health.rdma import Port, check_ports, check_system, read_ports
 from tandem.cluster.health.report import Finding, NodeReport
 from tandem.cluster.health.serving import check_serving
@@ -37,9 +37,12 @@ def collect(node_id: str, address: str) -> NodeReport:
     environment = child_environment()
     facts: dict[str, str] = {}
     findings: list[Finding] = []
+    gpus: list[Gpu] = []
     ports = read_ports()
     readers: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
-        ("gpu_driver", lambda: _nvidia(facts)),
+        ("gpu_driver", lambda: _nvidia(facts, gpus)),
+        ("gpu_xid", _xids),
+        ("nvlink", lambda: _nvlink(gpus)),
         ("gpu_driver", lambda: _amd(facts)),
         ("rdma", lambda: [*check_ports(ports), *check_system(ports, has_gpus="GPU" in facts)]),
         ("network_settings", lambda: check_settings(environment, _devices(ports))),
@@ -67,20 +70,28 @@ def clock() -> float:
     return time.time()
 
 
-def _nvidia(facts: dict[str, str]) -> list[Finding]:
+def _has_nvidia_devices() -> bool:
     # The device files stay where the driver has lost its GPUs or its tool is missing.
+    return Path("/proc/driver/nvidia/gpus").is_dir() and any(Path("/proc/driver/nvidia/gpus").iterdir())
+
+
+def _nvidia(facts: dict[str, str], gpus: list[Gpu]) -> list[Finding]:
     if shutil.which("nvidia-smi") is None:
-        if Path("/proc/driver/nvidia/gpus").is_dir() and any(Path("/proc/driver/nvidia/gpus").iterdir()):
+        if _has_nvidia_devices():
             raise ToolError("this machine has NVIDIA GPUs and no nvidia-smi")
         return []
     report = parse_query(_run("nvidia-smi", "-q", "-x"))
     facts["driver"] = report.driver
     if report.gpus:
         facts["GPU"] = f"{len(report.gpus)} x {report.gpus[0].name}"
-    findings = [*check_gpus(report), *_xids()]
-    if len(report.gpus) > 1:
-        findings += check_nvlink(parse_nvlink(_run("nvidia-smi", "nvlink", "--status")))
-    return findings
+    gpus += report.gpus
+    return check_gpus(report)
+
+
+def _nvlink(gpus: Sequence[Gpu]) -> list[Finding]:
+    if len(gpus) < 2:
+        return []
+    return check_nvlink(parse_nvlink(_run("nvidia-smi", "nvlink", "--status")))
 
 
 def _amd(facts: dict[str, str]) -> list[Finding]:
@@ -93,6 +104,8 @@ def _amd(facts: dict[str, str]) -> list[Finding]:
 
 
 def _xids() -> list[Finding]:
+    if shutil.which("nvidia-smi") is None and not _has_nvidia_devices():
+        return []
     for command in KERNEL_LOGS:
         if shutil.which(command[0]) is None:
             continue

@@ -111,6 +111,35 @@ def test_an_nvidia_node_is_read_through_its_tools(tmp_path: Path, monkeypatch: p
     assert {f.kind for f in found.findings if f.severity == "bad"} == {"gpu_xid", "nvlink"}
 
 
+def test_a_failing_nvlink_query_leaves_the_other_findings_of_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(__file__).with_name("data")
+    nvlink = '[ "$1" = nvlink ] && { echo "Unable to query" >&2; exit 3; }'
+    for name, text in (
+        ("nvidia-smi", f"{nvlink}\nexec cat {data}/nvidia-smi-good.xml"),
+        ("dmesg", f"exec cat {data}/dmesg.txt"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = collect("id", "127.0.0.1")
+    assert {f.kind for f in found.findings if f.severity == "bad"} == {"gpu_xid", "nvlink"}
+    assert {"gpu_ecc", "gpu_driver"} & {f.kind for f in found.findings}
+    (failed,) = [f for f in found.findings if f.kind == "nvlink"]
+    assert failed.says == "`nvidia-smi nvlink --status` ended with status 3: Unable to query"
+
+
+def test_xids_are_read_where_nvidia_smi_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(__file__).with_name("data")
+    for name, text in (("nvidia-smi", "exit 6"), ("dmesg", f"exec cat {data}/dmesg.txt")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = collect("id", "127.0.0.1")
+    assert {f.kind for f in found.findings if f.severity == "bad"} >= {"gpu_xid", "gpu_driver"}
+
+
 def test_a_full_disk_and_a_small_shared_memory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tandem.cluster.health import host
 
