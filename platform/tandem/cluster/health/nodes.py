@@ -22,6 +22,7 @@ from tandem.cluster.health.cordons import (
     cordon_of,
     read_cordons,
     stable_name,
+    uncordoned_at,
     write_cordon,
 )
 from tandem.cluster.health.policy import Decision, decide
@@ -45,7 +46,7 @@ def examine(timeout_s: float = TIMEOUT_S) -> list[NodeReport]:
     """A report of every node that is alive, and of those that went without being told to; by address."""
     nodes, cordons = cluster_nodes(), read_cordons()
     alive = [node for node in nodes if node.alive]
-    answers = _on_each(alive, lambda node: (collect, node.id, node.address), timeout_s)
+    answers = _on_each(alive, lambda node: (collect, node.id, node.address, uncordoned_at(node)), timeout_s)
     reports = [
         answer.with_findings(_time(node)) if isinstance(answer, NodeReport) else _silent(node, answer)
         for node, answer in zip(alive, answers, strict=True)
