@@ -23,6 +23,7 @@ KUBERNETES_VERSION = "1.37"
 CRDS = json.loads((REPOSITORY / "deploy" / "kubernetes" / "schemas" / "crds.json").read_text())
 RESOURCES = {
     "v1": {"configmaps": "ConfigMap"},
+    "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},
     "ray.io/v1": {"rayclusters": "RayCluster", "rayservices": "RayService", "rayjobs": "RayJob"},
 }
 """What the server offers: by group and version, the plural of each kind."""

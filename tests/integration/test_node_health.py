@@ -59,7 +59,7 @@ def test_a_cordoned_node_gets_no_training_worker_and_no_replica(steps: dict[str,
     out, (status, said) = steps["cordon"][0]
     workers_before, replicas_before = steps["before"][0]
     assert out in workers_before and out in replicas_before
-    assert status == 0 and "is cordoned" in said and "replicas run there and stay" in said
+    assert status == 0 and "is cordoned" in said and "there and stay" in said
     workers, replicas, data = steps["after"][0]
     assert out not in workers and out not in replicas and out not in data
     assert len(replicas) == len(replicas_before)

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 STATES: dict[Severity, State] = {"ok": "ok", "warning": "note", "bad": "problem"}
 DRAIN_DEADLINE_S = 3600.0
+DEPLOY = "`tandem serve deploy` (with `--set app=NAME` for another app than tandem)"
 NodeArgument = Annotated[str, typer.Argument(help="IP address or host name of the node, or the start of Ray's id.")]
 AddressOption = Annotated[
     str | None, typer.Option(help="host:port of the cluster; unset: RAY_ADDRESS, or this home's local one.")
@@ -81,7 +82,7 @@ def _show(terminal: Console, reports: Sequence[NodeReport], decision: Decision) 
     for report, finding in decision.cordon:
         terminal.print(f"[yellow]Cordoned {report.address}[/] for {finding.kind} (TANDEM_CORDON_ON).")
     for report in decision.spared:
-        terminal.print(f"{report.address} is not cordoned: half of the cluster is at most.")
+        terminal.print(f"{report.address} is not cordoned: half of the nodes are at most.")
     counts = {kind: [report for report in reports if report.severity == kind] for kind in ("bad", "warning", "ok")}
     terminal.print(
         f"{len(reports)} {'node' if len(reports) == 1 else 'nodes'}: "
@@ -90,7 +91,7 @@ def _show(terminal: Console, reports: Sequence[NodeReport], decision: Decision) 
     for report in counts["bad"]:
         kinds = ", ".join(dict.fromkeys(finding.kind for finding in report.findings if finding.severity == "bad"))
         terminal.print(f"[red]Bad: {report.address}[/] ({escape(report.host)}): {kinds}")
-        if report.cordon is None and report not in [each for each, _ in decision.cordon]:
+        if report.alive and report.cordon is None and report not in [each for each, _ in decision.cordon]:
             terminal.print(f"  [cyan]→ `tandem cluster cordon {report.address}` keeps new work away from it.[/]")
 
 
@@ -119,8 +120,7 @@ def cordon_command(
 
             drain_node(found, reason or "cordoned", deadline_s)
             console.print(f"It is drained, and leaves the cluster when idle or in {deadline_s:g} s.")
-        else:
-            _tell_of_replicas(found)
+        _tell_of_apps(found, drained=drain)
 
 
 def uncordon_command(node: NodeArgument) -> None:
@@ -130,6 +130,10 @@ def uncordon_command(node: NodeArgument) -> None:
         remove_cordon(exact)
         _audit("nodes.uncordon", exact, None)
         console.print(f"{escape(exact)} is not cordoned any more.")
+        console.print(
+            f"Apps that were deployed during the cordon stay away from it until {DEPLOY} has been run; jobs may use it from "
+            "their next attempt on."
+        )
 
 
 def cordons_command(
@@ -174,23 +178,37 @@ def _audit(action: str, node: str, after: Mapping[str, object] | None) -> None:
         AuditLog.open().append([Change(by=operator(), action=action, target=node, after=after)])
 
 
-def _tell_of_replicas(node: ClusterNode) -> None:
-    """Say what runs on a node that has just been cordoned, and what becomes of it."""
+def _tell_of_apps(node: ClusterNode, *, drained: bool) -> None:
+    """Say what the apps that are up have on a node that has just been cordoned, and the next step."""
     from ray.serve.context import _get_global_client
 
-    names: list[str] = []
+    apps: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # without Serve there are none
         client = _get_global_client(raise_if_no_controller_running=False)
         apps = client.get_serve_details()["applications"] if client else {}
-        names = [
-            f"{app}/{deployment}"
-            for app, details in apps.items()
-            for deployment, state in details["deployments"].items()
-            for replica in state["replicas"]
-            if replica.get("node_id") == node.id
-        ]
-    if names:
-        console.print(
-            f"{len(names)} replicas run there and stay: {escape(', '.join(sorted(names)))}. `tandem serve deploy` starts them "
-            "anew, on other nodes; until then Serve may start one again on this node."
+    if message := apps_message(apps, node.id, drained=drained):
+        console.print(escape(message))
+
+
+def apps_message(apps: Mapping[str, Any], node_id: str, *, drained: bool = False) -> str:
+    """What a cordon means for the apps that are up, as Serve describes them; empty without apps. Pure."""
+    if not apps:
+        return ""
+    if drained:
+        return (
+            f"Apps keep the nodes that they could use when they were deployed ({', '.join(sorted(apps))}): if this one is "
+            f"started again, Serve may start a replica on it until {DEPLOY} has been run."
         )
+    names = sorted(
+        f"{app}/{deployment}"
+        for app, details in apps.items()
+        for deployment, state in details["deployments"].items()
+        for replica in state["replicas"]
+        if replica.get("node_id") == node_id
+    )
+    count = f"{len(names)} {'replica runs there and stays' if len(names) == 1 else 'replicas run there and stay'}"
+    there = f"{count}: {', '.join(names)}." if names else "No replica runs there."
+    return (
+        f"{there} Apps keep the nodes that they could use when they were deployed ({', '.join(sorted(apps))}): Serve may start a "
+        f"replica on this one until {DEPLOY} has been run, which starts their replicas anew."
+    )

@@ -15,6 +15,7 @@ MAX_NAME_CHARS = 47
 """Longest name of a RayService or RayJob: KubeRay appends to it."""
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i?)?")
 """Kubernetes' form of an amount, such as 500m, 4 or 16Gi."""
+BINARY = ("K", "M", "G", "T", "P", "E")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -44,7 +45,7 @@ class PodConfig:
     shared_memory: str = "4Gi"
     """Size of /dev/shm, where Ray keeps objects; part of `memory`."""
     scratch: str = "20Gi"
-    """Space on the node's disk for temporary files, caches and Ray's logs."""
+    """Space on the node's disk for temporary files, caches and Ray's logs. 80 % of it may be models by URI, and 10 % adapters."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that the node must have."""
     tolerations: tuple[TolerationConfig, ...] = ()
@@ -138,6 +139,17 @@ class KubernetesSite:
         check.at_least("train_retries", self.train_retries, 0)
         if self.train_time_limit_s is not None:
             check.at_least("train_time_limit_s", self.train_time_limit_s, 1)
+
+
+def in_gib(quantity: str) -> float:
+    """An amount of bytes in Kubernetes' form, such as 20Gi or 500M, in GiB."""
+    number = float(re.match(r"[\d.]+", quantity)[0])  # type: ignore[index] # checked by QUANTITY
+    unit = quantity.lstrip("0123456789.")
+    if unit.endswith("i"):
+        factor = 1024.0 ** (1 + BINARY.index(unit[0]))
+    else:
+        factor = {"": 1.0, "m": 1e-3}.get(unit) or 1000.0 ** (1 + BINARY.index(unit.upper()))
+    return number * factor / 2**30
 
 
 def check_name(name: str) -> str:

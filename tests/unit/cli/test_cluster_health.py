@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tandem.auth.audit_log import AuditLog
-from tandem.cli.cluster_health import _show
+from tandem.cli.cluster_health import _show, apps_message
 from tandem.cli.main import app
 from tandem.cluster.health.cordons import Cordon, read_cordons, write_cordon
 from tandem.cluster.health.policy import decide
@@ -44,7 +44,9 @@ def test_cordons_are_listed_and_removed() -> None:
     status, said = run("cluster", "cordons")
     assert status == 0 and "10.0.0.7" in said and "Xid 79" in said and "(policy)" in said
     assert json.loads(run("cluster", "cordons", "--json")[1])[0]["node"] == "10.0.0.7"
-    assert run("cluster", "uncordon", "10.0.0.7") == (0, "10.0.0.7 is not cordoned any more.")
+    status, said = run("cluster", "uncordon", "10.0.0.7")
+    assert status == 0 and said.startswith("10.0.0.7 is not cordoned any more.")
+    assert "until `tandem serve deploy`" in said
     assert read_cordons() == ()
     (entry,) = AuditLog.open().page()
     assert (entry.action, entry.target) == ("nodes.uncordon", "10.0.0.7")
@@ -67,11 +69,24 @@ def test_a_policy_with_an_unknown_kind_is_refused_first(monkeypatch: pytest.Monk
     assert status == 2 and "Did you mean 'gpu_xid'?" in said
 
 
+def test_a_cordon_tells_of_the_deploy_that_each_app_needs() -> None:
+    replica = {"node_id": "a"}
+    apps = {"chat": {"deployments": {"Engine": {"replicas": [replica, {"node_id": "b"}]}}}}
+    assert apps_message({}, "a") == ""
+    said = apps_message(apps, "a")
+    assert "1 replica runs there and stays: chat/Engine." in said and "`tandem serve deploy`" in said
+    # Serve may start one there later.
+    said = apps_message(apps, "c")
+    assert "No replica runs there." in said and "(chat)" in said and "`tandem serve deploy`" in said
+    said = apps_message(apps, "a", drained=True)
+    assert "stay" not in said and "if this one is started again" in said and "`tandem serve deploy`" in said
+
+
 def test_the_report_names_bad_nodes_and_the_command_that_keeps_them_out() -> None:
     text = io.StringIO()
     reports = [report("10.0.0.1", "ok"), report("10.0.0.2", "bad"), report("10.0.0.3", "bad")]
     _show(Console(file=text, width=200), reports, decide(reports, frozenset({"gpu_xid"})))
     said = text.getvalue()
-    assert "Cordoned 10.0.0.2 for gpu_xid" in said and "10.0.0.3 is not cordoned: half of the cluster" in said
+    assert "Cordoned 10.0.0.2 for gpu_xid" in said and "10.0.0.3 is not cordoned: half of the nodes" in said
     assert "3 nodes: 2 bad, 1 ok" in said and "`tandem cluster cordon 10.0.0.3`" in said
     assert "`tandem cluster cordon 10.0.0.2`" not in said and "→ Reboot it." in said

@@ -36,12 +36,13 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesA
 def test_a_training_job_and_its_config_are_applied_as_they_were_rendered(api: KubernetesApi) -> None:
     manifests = train_manifests(SITE, JOB)
     Kubernetes(SITE).apply(manifests)
-    assert [api.objects["v1", "configmaps", "sft-job"], api.objects["ray.io/v1", "rayjobs", "sft"]] == manifests
+    budget = api.objects["policy/v1", "poddisruptionbudgets", "train-sft-head"]
+    assert [api.objects["v1", "configmaps", "sft-job"], api.objects["ray.io/v1", "rayjobs", "sft"], budget] == manifests
     for query in api.applied:
         assert query == {"fieldManager": ["tandem"], "fieldValidation": ["Strict"], "force": ["false"]}
     # Once more: the same object.
     Kubernetes(SITE).apply(manifests)
-    assert len(api.objects) == 2
+    assert len(api.objects) == 3
 
 
 def test_a_check_leaves_nothing(api: KubernetesApi) -> None:
@@ -50,7 +51,7 @@ def test_a_check_leaves_nothing(api: KubernetesApi) -> None:
 
 
 def test_a_field_that_the_api_does_not_know_is_an_error(api: KubernetesApi) -> None:
-    (service,) = serve_manifests(SITE, ServeSubmission(name="tandem"))
+    service, *_ = serve_manifests(SITE, ServeSubmission(name="tandem"))
     service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParam"] = {}
     with pytest.raises(ClusterError, match=r"RayService tandem: Kubernetes refused it: .*rayStartParam"):
         Kubernetes(SITE).apply([service])
@@ -91,7 +92,9 @@ def test_what_was_submitted_is_listed_and_deleted(api: KubernetesApi) -> None:
         ("train", "sft", "new"),
     ]
     kubernetes.delete("train", "sft")
-    assert not [key for key in api.objects if key[2].startswith("sft")]
+    assert not [key for key in api.objects if "sft" in key[2]]
+    kubernetes.delete("serve", "llm")
+    assert not [key for key in api.objects if key[1] == "poddisruptionbudgets" and "llm" in key[2]]
     # A job whose config somebody has deleted goes too.
     kubernetes.apply(train_manifests(SITE, JOB))
     del api.objects["v1", "configmaps", "sft-job"]

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from tandem.cluster.kubernetes.manifests import (
 from tandem.cluster.launcher import ClusterFile
 from tandem.cluster.slurm.script import REQUEUE_STATUS
 from tandem.config import TrainConfig
-from tandem.config.kubernetes import KubernetesSite, PodConfig, PoolConfig, TolerationConfig, check_name
+from tandem.config.kubernetes import KubernetesSite, PodConfig, PoolConfig, TolerationConfig, check_name, in_gib
 from tandem.config.load import from_dict
 from tandem.errors import ConfigError
 from tandem.private import check_private_folder
 from tandem.sdk.training import logical_cpus
-from tandem.settings import LONGEST_DRAIN_S
+from tandem.settings import LONGEST_DRAIN_S, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 GPUS = KubernetesSite(
@@ -64,7 +65,7 @@ def test_manifests_of_any_site_are_valid() -> None:
 
 
 def test_a_training_job_gets_the_pods_that_hold_its_workers() -> None:
-    files, job = train_manifests(GPUS, train())
+    files, job, _ = train_manifests(GPUS, train())
     assert yaml.safe_load(files["data"]["job.yaml"]) == {"name": "sft", "steps": 10}
     spec = job["spec"]
     assert spec["entrypoint"] == f"tandem train submit --raw --config {pods.CONFIG_FOLDER}/job.yaml"
@@ -118,7 +119,7 @@ def test_a_worker_that_no_pod_could_hold_is_refused_with_the_setting() -> None:
 
 def test_an_app_is_served_by_serves_own_config_on_the_service_port() -> None:
     values = {"models": [{"model": "a"}], "gateway": {"replicas": 2}}
-    (service,) = serve_manifests(KubernetesSite(), ServeSubmission(name="llm", app="chat", values=values))
+    service, *_ = serve_manifests(KubernetesSite(), ServeSubmission(name="llm", app="chat", values=values))
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert config["http_options"] == {"host": "0.0.0.0", "port": pods.SERVE_PORT}
     (app,) = config["applications"]
@@ -138,10 +139,78 @@ def test_an_app_is_served_by_serves_own_config_on_the_service_port() -> None:
 
 
 def test_a_cluster_has_the_pools_of_cluster_yaml() -> None:
-    (cluster,) = cluster_manifests(KubernetesSite(), "tandem")
+    cluster, *_ = cluster_manifests(KubernetesSite(), "tandem")
     pools = {group["groupName"]: group["labels"] for group in cluster["spec"]["workerGroupSpecs"]}
     types = ClusterFile.read(REPOSITORY / "cluster.yaml").values["available_node_types"]
     assert pools == {name: kind["labels"] for name, kind in types.items() if name != "head"}
+
+
+def pod_labels(resource: dict[str, Any]) -> list[dict[str, str]]:
+    """Labels of the head's and the serving pods, as KubeRay gives them."""
+    spec = resource["spec"]
+    cluster = spec.get("rayClusterConfig") or spec.get("rayClusterSpec") or spec
+    head = cluster["headGroupSpec"]["template"]["metadata"]["labels"] | {"ray.io/node-type": "head"}
+    groups = [
+        group["template"]["metadata"]["labels"] | group["labels"] | {"ray.io/node-type": "worker"}
+        for group in cluster["workerGroupSpecs"]
+    ]
+    return [head, *(labels for labels in groups if labels["pool"] == "serve")]
+
+
+def test_each_resource_has_budgets_of_its_own_pods_only() -> None:
+    site = KubernetesSite()
+    submitted = [
+        serve_manifests(site, ServeSubmission(name="tandem")),
+        serve_manifests(site, ServeSubmission(name="llm")),
+        cluster_manifests(site, "tandem"),
+        train_manifests(site, train(2, 0)),
+    ]
+    resources = [next(each for each in manifests if each["kind"].startswith("Ray")) for manifests in submitted]
+    budgets = [each for manifests in submitted for each in manifests if each["kind"] == "PodDisruptionBudget"]
+    assert len({budget["metadata"]["name"] for budget in budgets}) == len(budgets) == 7
+    assert all(problems(budget) == [] for budget in budgets)
+    # Each budget chooses one kind of pods of one resource.
+    chosen = [
+        (number, place)
+        for budget in budgets
+        for number, resource in enumerate(resources)
+        for place, labels in enumerate(pod_labels(resource))
+        if budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    ]
+    assert chosen == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("quantity", "gib"),
+    [
+        ("20Gi", 20),
+        ("512Mi", 0.5),
+        ("1Ti", 1024),
+        ("2147483648", 2),
+        ("1.5Gi", 1.5),
+        ("2147483648000m", 2),
+        ("1G", 0.931),
+    ],
+)
+def test_an_amount_of_kubernetes_is_read_in_gib(quantity: str, gib: float) -> None:
+    assert in_gib(quantity) == pytest.approx(gib, rel=1e-3)
+
+
+def test_the_copies_of_models_and_adapters_fit_the_pods_disk() -> None:
+    site = KubernetesSite(serve=PoolConfig(scratch="200Gi"))
+    template = pods.worker_pod(site, site.serve, priority="p")
+    variables = {each["name"]: each["value"] for each in template["spec"]["containers"][0]["env"]}
+    limits = Settings(
+        model_cache_gib=float(variables["TANDEM_MODEL_CACHE_GIB"]),
+        adapter_cache_gib=float(variables["TANDEM_ADAPTER_CACHE_GIB"]),
+    )
+    assert (limits.model_cache_gib, limits.adapter_cache_gib) == (160, 20)
+    own = replace(site, environment={"TANDEM_MODEL_CACHE_GIB": "7"})
+    variables = {
+        each["name"]: each["value"]
+        for each in pods.worker_pod(own, own.serve, priority="p")["spec"]["containers"][0]["env"]
+    }
+    assert variables["TANDEM_MODEL_CACHE_GIB"] == "7"
 
 
 def test_yaml_repeats_what_occurs_twice_and_is_read_back() -> None:

@@ -78,7 +78,7 @@ def test_every_kind_with_a_schema_is_used(rendered: dict[str, list[dict[str, Any
         ("train", "RayJob", ("spec", "submitterPodTemplate", "spec"), "restartpolicy"),
         ("train", "ConfigMap", (), "dta"),
         ("base", "NetworkPolicy", ("spec",), "ingres"),
-        ("base", "PodDisruptionBudget", ("spec",), "minAvailabel"),
+        ("serve", "PodDisruptionBudget", ("spec",), "minAvailabel"),
         ("cpu", "Ingress", ("spec", "rules", 0), "hosts"),
         ("nvidia", "Gateway", ("spec", "listeners", 0), "hostName"),
         ("nvidia", "HTTPRoute", ("spec", "rules", 0), "timeout"),
@@ -194,9 +194,9 @@ def test_selectors_find_the_pods_as_kuberay_labels_them(rendered: dict[str, list
     head |= {"ray.io/node-type": "head", "ray.io/is-ray-node": "yes"}
     wanted = {
         "tandem-gateway": (worker,), "tandem-operator": (head,), "tandem-metrics": (head, worker), "tandem-ray": (head, worker),
-        "tandem-egress": (head, worker), "tandem-serve": (worker,), "tandem-head": (head,),
+        "tandem-egress": (head, worker), "serve-tandem-serve": (worker,), "serve-tandem-head": (head,),
     }  # fmt: skip
-    for manifest in rendered["base"]:
+    for manifest in [*rendered["base"], *rendered["serve"]]:
         if manifest["kind"] not in ("NetworkPolicy", "PodDisruptionBudget"):
             continue
         name, spec = manifest["metadata"]["name"], manifest["spec"]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import psutil
 from tandem.cluster.health.amd import COMMAND as ROCM
 from tandem.cluster.health.amd import check_cards, parse_rocm
 from tandem.cluster.health.host import check_disks, check_memory
-from tandem.cluster.health.nvidia import check_gpus, check_nvlink, parse_nvlink, parse_query
+from tandem.cluster.health.nvidia import Gpu, check_gpus, check_nvlink, parse_nvlink, parse_query
 from tandem.cluster.health.rdma import Port, check_ports, check_system, read_ports
 from tandem.cluster.health.report import Finding, NodeReport
 from tandem.cluster.health.serving import check_serving
@@ -24,22 +25,33 @@ from tandem.settings import child_environment, settings
 
 COMMAND_TIMEOUT_S = 20.0
 """Seconds that one tool may take. nvidia-smi hangs where a GPU does."""
-KERNEL_LOGS: tuple[Sequence[str], ...] = (("dmesg", "--notime"), ("journalctl", "-k", "-b", "-o", "cat", "--no-pager"))
+KERNEL_LOGS: tuple[Sequence[str], ...] = (
+    ("dmesg", "--time-format", "iso"),
+    ("journalctl", "-k", "-b", "-o", "short-iso", "--no-pager"),
+)
 """The first that may be read. A container or an unprivileged user often may read neither."""
+XID_AGE = timedelta(hours=24)
+"""Age up to which an Xid counts: the log since boot also tells of GPUs that were reset or replaced."""
 
 
 class ToolError(Exception):
     """A tool that is installed and does not work."""
 
 
-def collect(node_id: str, address: str) -> NodeReport:
-    """The report of this machine. A reader that fails is a finding, so there is always a whole report."""
+def collect(node_id: str, address: str, uncordoned_at: datetime | None = None) -> NodeReport:
+    """The report of this machine. A reader that fails is a finding, so there is always a whole report.
+
+    `uncordoned_at`: when the node was last let in again; Xids from before do not count.
+    """
     environment = child_environment()
     facts: dict[str, str] = {}
     findings: list[Finding] = []
+    gpus: list[Gpu] = []
     ports = read_ports()
     readers: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
-        ("gpu_driver", lambda: _nvidia(facts)),
+        ("gpu_driver", lambda: _nvidia(facts, gpus)),
+        ("gpu_xid", lambda: _xids(uncordoned_at)),
+        ("nvlink", lambda: _nvlink(gpus)),
         ("gpu_driver", lambda: _amd(facts)),
         ("rdma", lambda: [*check_ports(ports), *check_system(ports, has_gpus="GPU" in facts)]),
         ("network_settings", lambda: check_settings(environment, _devices(ports))),
@@ -67,20 +79,28 @@ def clock() -> float:
     return time.time()
 
 
-def _nvidia(facts: dict[str, str]) -> list[Finding]:
+def _has_nvidia_devices() -> bool:
     # The device files stay where the driver has lost its GPUs or its tool is missing.
+    return Path("/proc/driver/nvidia/gpus").is_dir() and any(Path("/proc/driver/nvidia/gpus").iterdir())
+
+
+def _nvidia(facts: dict[str, str], gpus: list[Gpu]) -> list[Finding]:
     if shutil.which("nvidia-smi") is None:
-        if Path("/proc/driver/nvidia/gpus").is_dir() and any(Path("/proc/driver/nvidia/gpus").iterdir()):
+        if _has_nvidia_devices():
             raise ToolError("this machine has NVIDIA GPUs and no nvidia-smi")
         return []
     report = parse_query(_run("nvidia-smi", "-q", "-x"))
     facts["driver"] = report.driver
     if report.gpus:
         facts["GPU"] = f"{len(report.gpus)} x {report.gpus[0].name}"
-    findings = [*check_gpus(report), *_xids()]
-    if len(report.gpus) > 1:
-        findings += check_nvlink(parse_nvlink(_run("nvidia-smi", "nvlink", "--status")))
-    return findings
+    gpus += report.gpus
+    return check_gpus(report)
+
+
+def _nvlink(gpus: Sequence[Gpu]) -> list[Finding]:
+    if len(gpus) < 2:
+        return []
+    return check_nvlink(parse_nvlink(_run("nvidia-smi", "nvlink", "--status")))
 
 
 def _amd(facts: dict[str, str]) -> list[Finding]:
@@ -92,12 +112,17 @@ def _amd(facts: dict[str, str]) -> list[Finding]:
     return check_cards(cards)
 
 
-def _xids() -> list[Finding]:
+def _xids(uncordoned_at: datetime | None) -> list[Finding]:
+    if shutil.which("nvidia-smi") is None and not _has_nvidia_devices():
+        return []
+    since = datetime.now(UTC) - XID_AGE
+    if uncordoned_at is not None:
+        since = max(since, uncordoned_at)
     for command in KERNEL_LOGS:
         if shutil.which(command[0]) is None:
             continue
         try:
-            return check_xids(parse_kernel_log(_run(*command).splitlines()))
+            return check_xids(parse_kernel_log(_run(*command).splitlines()), since)
         except ToolError:  # not allowed to this user
             continue
     says = "the kernel's log cannot be read here: Xid errors are not known"

@@ -6,11 +6,12 @@ Replicas and workers get a label selector that leaves out the nodes which are co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +24,8 @@ from tandem.storage import write_atomic
 NODE_ID_LABEL = "ray.io/node-id"
 """Label that Ray gives each node."""
 NODE_ID = re.compile(r"[0-9a-f]{56}")
+UNCORDONED = ".uncordoned"
+"""End of the name of the file that holds when a node's cordon was last removed: what its logs said before is settled."""
 MIN_PREFIX = 8
 """Characters of a node's id that are enough to name it."""
 
@@ -83,16 +86,26 @@ def write_cordon(cordon: Cordon) -> None:
 
 
 def remove_cordon(node: str) -> bool:
-    """Remove a cordon by the name that it has; False: there is none."""
+    """Remove a cordon by the name that it has, and keep the time; False: there is none."""
     try:
         _path(node).unlink()
     except FileNotFoundError:
         return False
+    write_atomic(_path(node, UNCORDONED), datetime.now(UTC).isoformat() + "\n")
     return True
 
 
-def _path(node: str) -> Path:
-    return cordons_folder() / f"{quote(node, safe='')}.json"
+def uncordoned_at(node: ClusterNode) -> datetime | None:
+    """When a cordon of this node was last removed; None: never, or the file cannot be read."""
+    times = []
+    for name in (node.id, node.address, node.host):
+        with contextlib.suppress(OSError, ValueError):
+            times.append(datetime.fromisoformat(_path(name, UNCORDONED).read_text().strip()))
+    return max(times, default=None)
+
+
+def _path(node: str, suffix: str = ".json") -> Path:
+    return cordons_folder() / f"{quote(node, safe='')}{suffix}"
 
 
 def find_node(name: str, nodes: Sequence[ClusterNode]) -> ClusterNode:

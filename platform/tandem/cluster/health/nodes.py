@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -22,10 +22,11 @@ from tandem.cluster.health.cordons import (
     cordon_of,
     read_cordons,
     stable_name,
+    uncordoned_at,
     write_cordon,
 )
 from tandem.cluster.health.policy import Decision, decide
-from tandem.cluster.health.report import Finding, NodeReport
+from tandem.cluster.health.report import Finding, NodeReport, Severity
 from tandem.cluster.health.serving import check_serving
 from tandem.errors import ClusterError
 from tandem.settings import child_environment
@@ -33,6 +34,9 @@ from tandem.settings import child_environment
 TIMEOUT_S = 90.0
 """Seconds that a node has for its report: its tools have limits of their own, of which some may be reached."""
 SERVING_TIMEOUT_S = 20.0
+GCS_TIMEOUT_S = 10.0
+RECENT_LOSS_S = 600.0
+"""Seconds for which a lost node counts as bad. Ray lists dead nodes for long, and a machine may have been taken away for good."""
 CLOCK_TRIES, CLOCK_TIMEOUT_S = 3, 10.0
 MAX_OFFSET_S, MAX_NOTED_OFFSET_S = 5.0, 0.5
 """A clock that is further off fails tokens and certificates; a smaller difference makes logs hard to read."""
@@ -42,17 +46,12 @@ def examine(timeout_s: float = TIMEOUT_S) -> list[NodeReport]:
     """A report of every node that is alive, and of those that went without being told to; by address."""
     nodes, cordons = cluster_nodes(), read_cordons()
     alive = [node for node in nodes if node.alive]
-    answers = _on_each(alive, lambda node: (collect, node.id, node.address), timeout_s)
+    answers = _on_each(alive, lambda node: (collect, node.id, node.address, uncordoned_at(node)), timeout_s)
     reports = [
         answer.with_findings(_time(node)) if isinstance(answer, NodeReport) else _silent(node, answer)
         for node, answer in zip(alive, answers, strict=True)
     ]
-    addresses = {node.address for node in alive}
-    reports += [
-        _silent(node, "Ray has lost it")
-        for node in nodes
-        if not node.alive and node.died_unexpectedly and node.address not in addresses
-    ]
+    reports += lost_nodes(nodes, _loss_times(), time.time())
     by_id = {node.id: cordon for node in nodes if (cordon := cordon_of(node, cordons)) is not None}
     reports = [
         replace(report, cordon=by_id[report.node_id].reason) if report.node_id in by_id else report
@@ -130,6 +129,34 @@ def differences(reports: Sequence[NodeReport]) -> list[NodeReport]:
     return [report.with_findings(*found[report.node_id]) for report in reports]
 
 
+def lost_nodes(nodes: Sequence[ClusterNode], lost_at: Mapping[str, float], now: float) -> list[NodeReport]:
+    """Reports of the nodes that went without being told to and whose address has no other node now. Pure.
+
+    A loss of the last RECENT_LOSS_S seconds is bad, and so is one of unknown time; an older one is a warning. `lost_at`: seconds
+    since 1970, by node id.
+    """
+    addresses = {node.address for node in nodes if node.alive}
+    found = []
+    for node in nodes:
+        if node.alive or not node.died_unexpectedly or node.address in addresses:
+            continue
+        age_s = now - lost_at.get(node.id, now)
+        when = f" {age_s / 60:.0f} minutes ago" if node.id in lost_at else ""
+        severity: Severity = "bad" if age_s <= RECENT_LOSS_S else "warning"
+        found.append(replace(_silent(node, f"Ray has lost it{when}", severity), alive=False))
+    return found
+
+
+def _loss_times() -> dict[str, float]:
+    """When Ray lost each node that is dead, in seconds since 1970, by node id; empty if Ray does not tell."""
+    raylet: Any = ray._raylet
+    with contextlib.suppress(Exception):  # not part of Ray's public interface
+        client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+        infos = client.get_all_node_info(timeout=GCS_TIMEOUT_S).values()
+        return {info.node_id.hex(): info.end_time_ms / 1000 for info in infos if info.end_time_ms}
+    return {}
+
+
 def _difference(name: str, value: str, usual: str, count: int) -> Finding:
     return Finding(
         kind="difference",
@@ -140,10 +167,10 @@ def _difference(name: str, value: str, usual: str, count: int) -> Finding:
     )
 
 
-def _silent(node: ClusterNode, why: object) -> NodeReport:
+def _silent(node: ClusterNode, why: object, severity: Severity = "bad") -> NodeReport:
     finding = Finding(
         kind="node_silent",
-        severity="bad",
+        severity=severity,
         says=f"no report: {why}",
         fix="Look at the machine: whether it runs and is reached, and whether this Tandem is installed there.",
     )

@@ -57,6 +57,8 @@ class NodeReport:
     """Properties in which the nodes of a cluster should be alike, such as the driver's version."""
     cordon: str | None = None
     """Reason of the node's cordon; None: work may be placed on it."""
+    alive: bool = True
+    """Whether Ray lists the node as alive."""
 
     @property
     def severity(self) -> Severity:

@@ -10,10 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 
 from tandem.cluster.health.report import Finding, Severity
 
 LINE = re.compile(r"NVRM: Xid \((?:PCI:)?(?P<device>[0-9a-fA-F:.]+)[^)]*\): (?P<code>\d+)(?:, (?P<text>.*))?")
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\S+")
+"""The time at the start of a line: `dmesg --time-format iso`, `journalctl -o short-iso`."""
 APPLICATION = frozenset({8, 11, 13, 31, 32, 43, 45, 68, 69, 80})
 """Faults that a program causes by itself, and what follows from its end: no sign of a bad GPU."""
 RESET, REBOOT = "Reset the GPU (`nvidia-smi --gpu-reset`) with nothing running on it.", "Reboot the machine."
@@ -54,25 +57,48 @@ class Xid:
     """PCI address, such as `0000:3b:00`."""
     code: int
     text: str = ""
+    at: datetime | None = None
+    """When it was written; None where the log gives no time with a zone."""
 
 
 def parse_kernel_log(lines: Iterable[str]) -> list[Xid]:
     """The Xid messages in lines of `dmesg` or `journalctl -k`, in their order."""
-    found = (LINE.search(line) for line in lines)
     return [
-        Xid(device=match["device"].lower(), code=int(match["code"]), text=(match["text"] or "").strip())
-        for match in found
-        if match
+        Xid(
+            device=match["device"].lower(),
+            code=int(match["code"]),
+            text=(match["text"] or "").strip(),
+            at=_time(line),
+        )
+        for line in lines
+        if (match := LINE.search(line))
     ]
 
 
-def check_xids(messages: Iterable[Xid]) -> list[Finding]:
-    """One finding for each GPU and code; none for faults that programs cause."""
-    counted = Counter((message.device, message.code) for message in messages if message.code not in APPLICATION)
-    return [_finding(device, code, count) for (device, code), count in sorted(counted.items())]
+def _time(line: str) -> datetime | None:
+    match = TIME.match(line)
+    try:
+        time = datetime.fromisoformat(match[0]) if match else None
+    except ValueError:
+        return None
+    return time if time and time.tzinfo else None
 
 
-def _finding(device: str, code: int, count: int) -> Finding:
+def check_xids(messages: Iterable[Xid], since: datetime | None = None) -> list[Finding]:
+    """One finding for each GPU and code; none for faults that programs cause.
+
+    Messages from before `since` are left out; those without a time count.
+    """
+    counted = Counter(
+        (message.device, message.code)
+        for message in messages
+        if message.code not in APPLICATION and not (since and message.at and message.at < since)
+    )
+    start = f"since {since:%Y-%m-%d %H:%M} UTC" if since else "since the log begins"
+    return [_finding(device, code, count, start) for (device, code), count in sorted(counted.items())]
+
+
+def _finding(device: str, code: int, count: int, start: str) -> Finding:
     unknown: tuple[Severity, str, str] = (
         "warning",
         "see NVIDIA's catalog",
@@ -83,7 +109,7 @@ def _finding(device: str, code: int, count: int) -> Finding:
     return Finding(
         kind="gpu_xid",
         severity=severity,
-        says=f"GPU {device}: Xid {code} ({meaning}), {times} since the log begins",
+        says=f"GPU {device}: Xid {code} ({meaning}), {times} {start}",
         fix=fix,
         values={"device": device, "xid": code, "count": count},
     )

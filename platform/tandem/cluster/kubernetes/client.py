@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.cluster.kubernetes.manifests import API_VERSION, KINDS, config_map_of
+from tandem.cluster.kubernetes.manifests import (
+    API_VERSION,
+    BUDGET_API_VERSION,
+    BUDGET_KIND,
+    KINDS,
+    budget_names,
+    config_map_of,
+)
 from tandem.cluster.kubernetes.pods import LABELS, Manifest
 from tandem.config.kubernetes import KubernetesSite
 from tandem.errors import ClusterError, EnvironmentProblem
@@ -99,6 +106,8 @@ class Kubernetes:
     def delete(self, what: str, name: str) -> None:
         """Delete a cluster, app or job with all that the operator has made of it; ClusterError if there is none."""
         self._delete(API_VERSION, KINDS[what], name)
+        for budget in budget_names(what, name):
+            self._delete(BUDGET_API_VERSION, BUDGET_KIND, budget, missing_ok=True)
         if what == "train":
             self._delete("v1", "ConfigMap", config_map_of(name), missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Manifests of RayCluster, RayService and RayJob. Pure: the site's config and a submission in, plain values out."""
+"""Manifests of RayCluster, RayService and RayJob, and their disruption budgets. Pure: config in, plain values out."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ KINDS = {"cluster": "RayCluster", "serve": "RayService", "train": "RayJob"}
 """What a user submits, and the kind of KubeRay's resource for it."""
 ANNOTATIONS = {"ray.io/overwrite-container-cmd": "true"}
 """KubeRay leaves the containers' command as it is, and tells it of its own by a variable."""
+BUDGET_API_VERSION, BUDGET_KIND = "policy/v1", "PodDisruptionBudget"
+INSTANCE_LABEL = "app.kubernetes.io/instance"
+"""Label of pods with the resource that they belong to. KubeRay's own label names a cluster, of which a RayService has several."""
 JOB_FILE = "job.yaml"
 HEAD_CPUS = 2
 """Logical CPUs of a head, as in cluster.yaml. One of an app has none: were all replicas there, no worker would take requests."""
@@ -77,8 +80,8 @@ def cluster_manifests(site: KubernetesSite, name: str) -> list[Manifest]:
         _group(key, pool, worker_pod(site, pool, priority=priorities[key]), pool.min_replicas, pool.max_replicas)
         for key, pool in pools.items()
     ]
-    spec = _scaled(site, groups, head_cpus=HEAD_CPUS)
-    return [_resource(site, "cluster", name, spec)]
+    spec = _scaled(site, instance_of("cluster", name), groups, head_cpus=HEAD_CPUS)
+    return [_resource(site, "cluster", name, spec), *_budgets(site, "cluster", name)]
 
 
 def serve_manifests(site: KubernetesSite, submission: ServeSubmission) -> list[Manifest]:
@@ -105,9 +108,9 @@ def serve_manifests(site: KubernetesSite, submission: ServeSubmission) -> list[M
         "upgradeStrategy": {"type": "NewCluster"},
         # The longest that a stream may go on in a cluster that has been replaced.
         "rayClusterDeletionDelaySeconds": LONGEST_DRAIN_S,
-        "rayClusterConfig": _scaled(site, groups, head_cpus=0),
+        "rayClusterConfig": _scaled(site, instance_of("serve", submission.name), groups, head_cpus=0),
     }
-    return [_resource(site, "serve", submission.name, spec)]
+    return [_resource(site, "serve", submission.name, spec), *_budgets(site, "serve", submission.name)]
 
 
 def train_manifests(site: KubernetesSite, submission: TrainSubmission) -> list[Manifest]:
@@ -120,7 +123,7 @@ def train_manifests(site: KubernetesSite, submission: TrainSubmission) -> list[M
     command = ["tandem", "train", "submit", "--raw", "--config", f"{CONFIG_FOLDER}/{JOB_FILE}"]
     group = _group("train", site.train, worker_pod(site, site.train, priority=TRAIN_PRIORITY), count, count)
     head = head_pod(site, priority=TRAIN_PRIORITY, config_map=config_map)
-    cluster = _cluster(site, head, [group], head_cpus=HEAD_CPUS)
+    cluster = _cluster(site, instance_of("train", submission.name), head, [group], head_cpus=HEAD_CPUS)
     spec: Manifest = {
         "entrypoint": shlex.join(command),
         "submissionMode": "K8sJobMode",
@@ -139,12 +142,45 @@ def train_manifests(site: KubernetesSite, submission: TrainSubmission) -> list[M
         "metadata": _metadata(site, config_map),
         "data": {JOB_FILE: yaml.safe_dump(dict(submission.values), sort_keys=False)},
     }
-    return [files, _resource(site, "train", submission.name, spec)]
+    return [files, _resource(site, "train", submission.name, spec), *_budgets(site, "train", submission.name)]
 
 
 def config_map_of(name: str) -> str:
     """The name of the ConfigMap with a training job's config."""
     return f"{name}-job"
+
+
+def instance_of(what: str, name: str) -> str:
+    """The value of INSTANCE_LABEL. `what`: a key of KINDS, because resources of two kinds may have one name."""
+    return f"{what}-{name}"
+
+
+def budget_names(what: str, name: str) -> list[str]:
+    """Names of the disruption budgets of a cluster, an app or a job."""
+    parts = ("head",) if what == "train" else ("head", "serve")
+    return [f"{instance_of(what, name)}-{part}" for part in parts]
+
+
+def _budgets(site: KubernetesSite, what: str, name: str) -> list[Manifest]:
+    """Budgets for `kubectl drain` and the like, which keep one pod each of this resource's own.
+
+    They count pods (minAvailable): KubeRay's resources have no scale subresource, of which a share could be taken. With Redis a
+    head is replaced within a minute or two, and requests are answered meanwhile; training ends and is tried again. So a head is
+    not moved while it works. To empty its node, delete the pod.
+    """
+    selectors = ({"ray.io/node-type": "head"}, {POOL_LABEL: "serve"})
+    return [
+        {
+            "apiVersion": BUDGET_API_VERSION,
+            "kind": BUDGET_KIND,
+            "metadata": _metadata(site, budget),
+            "spec": {
+                "minAvailable": 1,
+                "selector": {"matchLabels": {INSTANCE_LABEL: instance_of(what, name), **selector}},
+            },
+        }
+        for budget, selector in zip(budget_names(what, name), selectors, strict=False)
+    ]
 
 
 def pods_needed(pool: PoolConfig, submission: TrainSubmission) -> int:
@@ -162,11 +198,11 @@ def pods_needed(pool: PoolConfig, submission: TrainSubmission) -> int:
     return max(math.ceil(submission.workers / min(ranks, default=submission.workers)), math.ceil(cpus / pool.cpus))
 
 
-def _scaled(site: KubernetesSite, groups: list[Manifest], *, head_cpus: int) -> Manifest:
+def _scaled(site: KubernetesSite, instance: str, groups: list[Manifest], *, head_cpus: int) -> Manifest:
     """A cluster that the autoscaler grows and shrinks, and whose control state outlives the head."""
     head = head_pod(site, priority=SERVE_PRIORITY, account=HEAD_ACCOUNT)
     head["spec"]["volumes"].append(token_volume())
-    spec = _cluster(site, head, groups, head_cpus=head_cpus)
+    spec = _cluster(site, instance, head, groups, head_cpus=head_cpus)
     spec |= {"enableInTreeAutoscaling": True, "autoscalerOptions": autoscaler(site)}
     if site.redis_address is not None:
         secret = {"name": site.redis_secret, "key": "password"}
@@ -177,7 +213,11 @@ def _scaled(site: KubernetesSite, groups: list[Manifest], *, head_cpus: int) -> 
     return spec
 
 
-def _cluster(site: KubernetesSite, head: Manifest, groups: list[Manifest], *, head_cpus: int) -> Manifest:
+def _cluster(
+    site: KubernetesSite, instance: str, head: Manifest, groups: list[Manifest], *, head_cpus: int
+) -> Manifest:
+    for template in (head, *(group["template"] for group in groups)):
+        template["metadata"]["labels"][INSTANCE_LABEL] = instance
     return {
         "rayVersion": importlib.metadata.version("ray"),
         "authOptions": {"mode": "token", "secretName": site.token_secret},

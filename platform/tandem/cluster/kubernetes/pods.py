@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tandem.config.kubernetes import KubernetesSite, PodConfig, PoolConfig
+from tandem.config.kubernetes import KubernetesSite, PodConfig, PoolConfig, in_gib
 
 Manifest = dict[str, Any]
 
@@ -26,6 +26,8 @@ STOP_S = 120
 """Seconds that a pod gets to end its node."""
 LEAVE_S = 15
 """Seconds before a serving pod ends its node, in which load balancers learn that it takes no new connections."""
+MODEL_SHARE, ADAPTER_SHARE = 0.8, 0.1
+"""Shares of a pod's `scratch` for copies of base models and of adapters. A pod that writes more than `scratch` is evicted."""
 HOME, RUN, SHARED = "/home/tandem", "/run/tandem", "/shared"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 CONFIG_FOLDER = "/etc/tandem/job"
@@ -178,6 +180,8 @@ def _container(site: KubernetesSite, name: str, pod: PodConfig, ports: Mapping[s
         "TANDEM_RUNTIME_DIR": RUN,
         # The default is the number of the machine's cores, which other pods use too.
         "OMP_NUM_THREADS": "1",
+        "TANDEM_MODEL_CACHE_GIB": f"{MODEL_SHARE * in_gib(pod.scratch):g}",
+        "TANDEM_ADAPTER_CACHE_GIB": f"{ADAPTER_SHARE * in_gib(pod.scratch):g}",
         **site.environment,
     }
     named = {**ports, "metrics": METRICS_PORT}

@@ -21,7 +21,7 @@ class Node:
     draining: bool = False
     """The cluster is about to remove it."""
     cordoned: bool = False
-    """No new worker is placed on it; those that run there stay."""
+    """No new worker is placed on it; those that run there stay until the attempt ends."""
 
 
 def current_nodes() -> list[Node]:
@@ -48,19 +48,17 @@ def current_nodes() -> list[Node]:
 def max_workers(nodes: Iterable[Node], config: TrainConfig, own_workers: Mapping[str, int] | None = None) -> int:
     """The largest allowed number of workers that the nodes can hold, beside the tasks that read data; 0 if none fits.
 
-    `own_workers`: workers of this run by node id; their resources count as free.
+    `own_workers`: workers of this run by node id; their resources count as free. The next attempt places none on nodes that are
+    draining or cordoned, so these hold nothing, whatever runs there.
     """
     parallel = config.parallel
     capacity, spare_cpus = 0, 0.0
     for node in nodes:
-        if node.draining:
+        if node.draining or node.cordoned:
             continue
         own_workers_here = (own_workers or {}).get(node.id, 0)
-        if node.cordoned and not own_workers_here:
-            continue
-        free_cpus, free_gpus = (0.0, 0.0) if node.cordoned else (node.cpus, node.gpus)
-        cpus = free_cpus + own_workers_here * parallel.cpus_per_worker
-        gpus = free_gpus + own_workers_here * parallel.gpus_per_worker
+        cpus = node.cpus + own_workers_here * parallel.cpus_per_worker
+        gpus = node.gpus + own_workers_here * parallel.gpus_per_worker
         free_and_needed = ((cpus, parallel.cpus_per_worker), (gpus, parallel.gpus_per_worker))
         node_capacity = min(
             (int((free + 1e-6) // needed) for free, needed in free_and_needed if needed), default=parallel.workers

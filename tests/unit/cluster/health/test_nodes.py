@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from tandem.cluster.health.cordons import (
     remove_cordon,
     selector_without,
     stable_name,
+    uncordoned_at,
     write_cordon,
 )
 from tandem.cluster.health.host import check_disks, check_memory
@@ -109,6 +110,61 @@ def test_an_nvidia_node_is_read_through_its_tools(tmp_path: Path, monkeypatch: p
     found = collect("id", "127.0.0.1")
     assert found.facts["GPU"] == "2 x NVIDIA H100 80GB HBM3" and found.facts["driver"] == "570.124.06"
     assert {f.kind for f in found.findings if f.severity == "bad"} == {"gpu_xid", "nvlink"}
+
+
+def test_a_failing_nvlink_query_leaves_the_other_findings_of_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(__file__).with_name("data")
+    nvlink = '[ "$1" = nvlink ] && { echo "Unable to query" >&2; exit 3; }'
+    for name, text in (
+        ("nvidia-smi", f"{nvlink}\nexec cat {data}/nvidia-smi-good.xml"),
+        ("dmesg", f"exec cat {data}/dmesg.txt"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = collect("id", "127.0.0.1")
+    assert {f.kind for f in found.findings if f.severity == "bad"} == {"gpu_xid", "nvlink"}
+    assert {"gpu_ecc", "gpu_driver"} & {f.kind for f in found.findings}
+    (failed,) = [f for f in found.findings if f.kind == "nvlink"]
+    assert failed.says == "`nvidia-smi nvlink --status` ended with status 3: Unable to query"
+
+
+def test_xids_from_before_the_last_uncordon_or_older_than_a_day_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = NODES[0]
+    now = datetime.now(UTC)
+    lines = [
+        f"{now - timedelta(hours=30):%Y-%m-%dT%H:%M:%S,000000+00:00} NVRM: Xid (PCI:0000:01:00): 79, lost.",
+        f"{now - timedelta(hours=2):%Y-%m-%dT%H:%M:%S,000000+00:00} NVRM: Xid (PCI:0000:02:00): 79, lost.",
+    ]
+    (tmp_path / "log").write_text("\n".join(lines))
+    for name, text in (("nvidia-smi", "exit 6"), ("dmesg", f"exec cat {tmp_path}/log")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def xids() -> list[object]:
+        report = collect(node.id, node.address, uncordoned_at(node))
+        return [finding.values["device"] for finding in report.findings if finding.kind == "gpu_xid"]
+
+    assert uncordoned_at(node) is None and xids() == ["0000:02:00"]
+    write_cordon(cordon(node.address))
+    assert remove_cordon(node.address) and read_cordons() == ()
+    assert uncordoned_at(node) is not None and uncordoned_at(NODES[1]) is None
+    assert xids() == []
+
+
+def test_xids_are_read_where_nvidia_smi_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(__file__).with_name("data")
+    for name, text in (("nvidia-smi", "exit 6"), ("dmesg", f"exec cat {data}/dmesg.txt")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = collect("id", "127.0.0.1")
+    assert {f.kind for f in found.findings if f.severity == "bad"} >= {"gpu_xid", "gpu_driver"}
 
 
 def test_a_full_disk_and_a_small_shared_memory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

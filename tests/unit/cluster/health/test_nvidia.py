@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -92,4 +93,19 @@ def test_a_line_of_journalctl_with_its_prefix_is_read() -> None:
     )
     (xid,) = parse_kernel_log([line])
     assert (xid.device, xid.code) == ("0000:01:00", 119)
+
+
+def test_xids_from_before_the_time_that_counts_are_left_out() -> None:
+    messages = parse_kernel_log(
+        [
+            # dmesg --time-format iso, journalctl -o short-iso, and a line without a zone, which counts.
+            "2026-11-30T09:59:27,123456+01:00 NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus.",
+            "2026-11-30T11:30:00+0000 h1 kernel: NVRM: Xid (PCI:0000:02:00): 79, GPU has fallen off the bus.",
+            "2026-11-29T11:30:00 h1 kernel: NVRM: Xid (PCI:0000:03:00): 79, GPU has fallen off the bus.",
+        ]
+    )
+    assert messages[0].at == datetime(2026, 11, 30, 8, 59, 27, 123456, tzinfo=UTC)
+    found = check_xids(messages, since=datetime(2026, 11, 30, 9, tzinfo=UTC))
+    assert [each.values["device"] for each in found] == ["0000:02:00", "0000:03:00"]
+    assert found[0].says.endswith("once since 2026-11-30 09:00 UTC")
     assert CODES[119][0] == "bad"

@@ -58,9 +58,9 @@ def test_capacity_counts_whole_tensor_groups_on_each_node():
     assert max_workers([Node(id="a", cpus=1.25)], elastic(1, 4), {"a": 3}) == 4
 
 
-def test_a_cordoned_node_has_room_for_its_own_workers_only():
+def test_a_cordoned_node_has_no_room_even_for_the_workers_that_run_there():
     config = elastic(1, 4)
     nodes = [Node(id="a", cpus=2.25), Node(id="b", cpus=3, cordoned=True)]
     assert max_workers(nodes, config) == 2
-    # Two run there already, and stay.
-    assert max_workers(nodes, config, {"b": 2}) == 4
+    # Two run there now; the attempt that follows a stop to grow would not get them.
+    assert max_workers(nodes, config, {"b": 2}) == 2
