@@ -288,7 +288,7 @@ def test_the_app_answers_while_the_head_is_away_and_changes_after_it_is_back(dep
     probes = asyncio.run(kill_head())
     assert probes.failures == [] and len(probes.begun_at) > 40
     for host in (deployed.near, deployed.far):
-        assert deployed.is_served_by(host)
+        wait_until(lambda host=host: deployed.is_served_by(host), 60, f"{host.name} serves nothing")
     # The app can be changed again: Serve's controller has come back with its state.
     shown = deployed.head.run("tandem serve deploy --set gateway.retry_after_s=7", timeout_s=240, check=False).stdout
     assert "is changed" in shown, shown

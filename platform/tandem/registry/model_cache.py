@@ -148,7 +148,7 @@ class ModelCache:
         if remote.bytes > self.limit_bytes:
             raise StorageError(
                 f"{remote.uri} has {remote.bytes / 2**30:.2f} GiB, and this node keeps {self.limit_bytes / 2**30:.2f} GiB of "
-                "models. Raise TANDEM_MODEL_CACHE_GIB."
+                "models. Raise TANDEM_MODEL_CACHE_GIB (on Kubernetes `scratch` of the pods)."
             )
 
     @contextlib.contextmanager
