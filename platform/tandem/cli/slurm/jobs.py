@@ -161,6 +161,10 @@ def extend_command(job: JobArgument, minutes: Annotated[int, typer.Option(min=1,
     with friendly_errors():
         folder = find(settings().root, job)
         commands.extend(folder.submission().job_id or "", minutes)
+        # Imported here: the key store imports the database's libraries.
+        from tandem.sdk.slurm_key import extend_key
+
+        extend_key(folder.connection(), minutes)
         console.print(f"Job {folder.submission().job_id} has {minutes} minutes more.")
 
 

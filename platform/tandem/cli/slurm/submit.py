@@ -151,6 +151,7 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
         raise ConfigError(f"TANDEM_HOME is {str(home)!r}; for Slurm its path must be without spaces.")
     if not dry_run:
         commands.require()
+    submission = replace(submission, time=site.time)
     folder = JobFolder(home / "slurm" / "example") if dry_run else JobFolder.create(home, submission)
     script = render(site, _request(submission, folder, site))
     if dry_run:

@@ -36,6 +36,8 @@ class Submission:
     gpus_per_node: int
     port: int = 8000
     """The app's port on the first node."""
+    time: str = ""
+    """The time limit that is asked for, in one of Slurm's forms; empty: not known."""
     submitted_at: str = ""
     """ISO 8601, UTC."""
     job_id: str | None = None
@@ -74,6 +76,7 @@ class Connection:
     port: int = 0
     models: tuple[str, ...] = ()
     api_key: str = ""
+    api_key_id: str = ""
     ends_at: str = ""
     """When Slurm ends the job at the latest (ISO 8601, UTC); empty: not known."""
     message: str = ""

@@ -1,0 +1,62 @@
+"""The first node of a Slurm job, without Slurm and Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.cluster import node
+from tandem.cluster.slurm.folder import Connection, JobFolder, Submission
+from tandem.sdk import slurm_node
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobFolder:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    for name, value in {"TANDEM_HOME": str(home), "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(slurm_node, "node_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(node, "start", lambda words, slot: None)
+    monkeypatch.setattr(node, "stop", lambda: 0)
+    submission = Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7")
+    return JobFolder.create(home, submission)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such value"), OSError(28, "No space left on device"), SystemExit(3)])
+def test_every_exception_that_ends_the_run_is_written_down(
+    folder: JobFolder, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr(slurm_node, "_run_command", fail)
+    with pytest.raises(type(error)):
+        slurm_node.run_node(folder)
+    connection = folder.connection()
+    assert connection.state == "failed" and str(error) in connection.message
+
+
+def test_the_key_goes_to_the_app_only_while_its_process_lives(
+    folder: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process:
+        returncode: int | None = None
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+    def ask(host: str, port: int, key: str) -> tuple[str, ...]:
+        sent.append(key)
+        return ("tiny",)
+
+    process, sent = Process(), list[str]()
+    monkeypatch.setattr(slurm_node, "is_ready", lambda host, port: True)
+    monkeypatch.setattr(slurm_node, "models", ask)
+    connection = Connection(job_id="7", state="starting", node="127.0.0.1", port=8000, api_key="tdm-x")
+    process.returncode = 1
+    assert slurm_node._ready(connection, folder.submission(), process) is None and sent == []  # type: ignore[arg-type]
+    process.returncode = None
+    ready = slurm_node._ready(connection, folder.submission(), process)  # type: ignore[arg-type]
+    assert ready is not None and (ready.state, ready.models, sent) == ("ready", ("tiny",), ["tdm-x"])
