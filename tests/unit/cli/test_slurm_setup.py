@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import tandem
 from tandem.cli.main import app
-from tandem.cluster.slurm.setup import SetupRequest, steps
+from tandem.cluster.slurm.setup import SetupRequest, Step, run_step, steps
 from tandem.config.load import from_dict
 from tandem.config.slurm import SlurmSite
+from tandem.errors import ClusterError
 
 MAKEFILE = """\
 LOCK ?= cpu
@@ -107,6 +108,13 @@ def test_an_image_is_pulled_where_it_is_not_there(
     assert status == 0 and image.read_text() == "pull docker://example.org/tandem:1\n" and "environment" not in shown
     status, shown = run(*arguments)
     assert status == 0 and f"image, {image}: is there" in shown
+
+
+def test_a_step_gets_the_variables_by_its_standard_input() -> None:
+    site = SlurmSite(environment={"HF_TOKEN": "hf_x"})
+    step = Step(name="a", is_done="false", command="tr '\\0' ' ' < /proc/$$/cmdline; cat; echo; echo $HF_TOKEN; exit 1")
+    with pytest.raises(ClusterError, match="status 1:\nbash -s \nhf_x"):
+        run_step(step, site, None)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from tandem.cluster.slurm.commands import parse_job
 from tandem.cluster.slurm.folder import Connection, Head, JobFolder, Submission, find
-from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, array_range, options, render
+from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, array_range, exports, options, render
 from tandem.config.load import from_dict
 from tandem.config.slurm import ContainerConfig, SlurmSite
 from tandem.errors import ClusterError, ConfigError
@@ -73,6 +73,19 @@ def test_a_container_runs_the_same_command_with_the_home_and_its_binds() -> None
     )
 
 
+def test_variables_are_in_a_private_file_and_not_in_the_script(tmp_path: Path) -> None:
+    request = request_in(tmp_path)
+    site = SlurmSite(environment={"WANDB_API_KEY": "abc123", "MODE": "fast"})
+    request.folder.write_environment(exports(site, {"TANDEM_DATABASE_URL": "postgresql://a:pw@db/x"}))
+    script = render(site, request)
+    assert "abc123" not in script and f". {tmp_path}/environment.sh || exit 1" in script
+    assert stat.S_IMODE(request.folder.environment.stat().st_mode) == 0o600
+    shown = "export WANDB_API_KEY=abc123\nexport MODE=fast\nexport TANDEM_DATABASE_URL=postgresql://a:pw@db/x\n"
+    assert request.folder.environment.read_text() == shown
+    hidden = exports(site, {"TANDEM_DATABASE_URL": "postgresql://a:pw@db/x"}, hidden=True)
+    assert hidden == ["export WANDB_API_KEY=***", "export MODE=fast", "export TANDEM_DATABASE_URL=***"]
+
+
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
     """A folder with an `srun` that runs its command here, and a `scontrol` that writes down its arguments."""
@@ -96,7 +109,9 @@ def start(
     if task is not None:
         request = replace(request, submission=replace(request.submission, tasks=(1, 2, 3)))
     script = folder / "script.sh"
-    script.write_text(render(SlurmSite(environment={"SITE": 'a "b"'}, commands=("export EXTRA=1",)), request))
+    site = SlurmSite(environment={"SITE": 'a "b"'}, commands=("export EXTRA=1",))
+    script.write_text(render(site, request))
+    request.folder.write_environment(exports(site, request.variables))
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment |= {"SLURM_ARRAY_TASK_ID": str(task)} if task is not None else {}
     return subprocess.Popen(["bash", str(script)], env=environment)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,6 +134,15 @@ class JobFolder:
     def script(self) -> Path:
         """The batch script."""
         return self.path / "script.sh"
+
+    @property
+    def environment(self) -> Path:
+        """Lines of bash that set the variables of the job's nodes; the batch script reads it. Passwords may be in it."""
+        return self.path / "environment.sh"
+
+    def write_environment(self, lines: Sequence[str]) -> None:
+        """Write it, with mode 0600."""
+        write_atomic(self.environment, "\n".join([*lines, ""]), mode=0o600)
 
     @property
     def log(self) -> Path:

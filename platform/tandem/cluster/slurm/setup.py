@@ -9,13 +9,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
 import yaml
 
 from tandem.cluster.process import run_program
-from tandem.cluster.slurm.script import preparation
+from tandem.cluster.slurm.script import exports, preparation
 from tandem.cluster.ssh import SshConnection
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
@@ -135,7 +135,12 @@ def run_step(step: Step, site: SlurmSite, ssh: SshConnection | None) -> bool:
 
     ClusterError with the end of its output if it fails.
     """
-    script = [*preparation(site, {}), f"if {step.is_done}; then exit {DONE_STATUS}; fi", "set -e", step.command]
+    script = [
+        *preparation(site, exports(site, {})),
+        f"if {step.is_done}; then exit {DONE_STATUS}; fi",
+        "set -e",
+        step.command,
+    ]
     status, output = bash("\n".join(script), ssh, timeout_s=step.timeout_s)
     if status not in (0, DONE_STATUS):
         raise ClusterError(f"The step `{step.name}` ended with status {status}:\n{output.strip()[-3000:]}")
@@ -180,9 +185,19 @@ def git(root: Path, *words: str) -> str:
 def bash(
     script: str, ssh: SshConnection | None, *, timeout_s: float = STEP_S, stdin: IO[bytes] | None = None
 ) -> tuple[int, str]:
-    """Exit status and output of a script on the login node (`ssh`; None: this machine)."""
+    """Exit status and output of a script on the login node (`ssh`; None: this machine).
+
+    The shell reads it from its standard input, since every user sees the words of commands; with `stdin`, which the script's
+    commands read then, it is one of the words.
+    """
     # A login shell over SSH: it defines `module`. The shell of a person who runs this on the login node has done so.
-    words = ["bash", "-c", script] if ssh is None else ssh.words(shlex.join(["bash", "--login", "-c", script]))
+    shell = ["bash"] if ssh is None else ["bash", "--login"]
+    shell += ["-s"] if stdin is None else ["-c", script]
+    words = shell if ssh is None else ssh.words(shlex.join(shell))
     hint = "Run the same command again: it goes on where it ended."
-    done = run_program(words, timeout_s=timeout_s, hint=hint, stdin=stdin)
+    with TemporaryFile() as lines:
+        # Read whole before it runs, so that none of its commands takes a part of it for its input.
+        lines.write(f"{{\n{script}\n}} </dev/null\n".encode())
+        lines.seek(0)
+        done = run_program(words, timeout_s=timeout_s, hint=hint, stdin=lines if stdin is None else stdin)
     return done.returncode, done.stdout + done.stderr
