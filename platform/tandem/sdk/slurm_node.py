@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from tandem.cluster import node
 from tandem.cluster.local import object_store_bytes
 from tandem.cluster.ports import free_ports
 from tandem.cluster.slurm import commands
-from tandem.cluster.slurm.folder import TIME_LIMIT, Connection, Head, JobFolder, Submission
+from tandem.cluster.slurm.folder import HEARTBEAT_S, TIME_LIMIT, Connection, Head, JobFolder, Submission
 from tandem.cluster.slurm.script import REQUEUE_STATUS
 from tandem.errors import ClusterError, TandemError
 from tandem.sdk.slurm_app import check_port_free, is_ready, models
@@ -132,13 +133,19 @@ def _watch_command(
         env=child_environment({"RAY_ADDRESS": address}),
         start_new_session=True,
     )
+    beaten_at = time.monotonic()
     try:
         while process.poll() is None and not cancelled.is_set() and folder.stop_reason(run_id()) is None:
             if connection.state == "starting" and (ready := _ready(connection, submission, process)) is not None:
                 connection = ready
-                folder.write_connection(connection)
+                folder.write_connection(connection.beating(datetime.now(UTC)))
                 if submission.succeeds:
                     JobFolder(folder.path.parent / submission.succeeds).write_successor(connection.job_id)
+            elif connection.state == "ready" and time.monotonic() - beaten_at >= HEARTBEAT_S:
+                beaten_at = time.monotonic()
+                # A file system that is full or away for a moment does not end the job.
+                with contextlib.suppress(OSError):
+                    folder.write_connection(connection.beating(datetime.now(UTC)))
             time.sleep(POLL_S)
         if process.poll() is None:
             folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))

@@ -8,13 +8,13 @@ import stat
 import subprocess
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tandem.cluster.slurm.commands import parse_job
-from tandem.cluster.slurm.folder import Connection, Head, JobFolder, Submission, find
+from tandem.cluster.slurm.folder import LOST_S, Connection, Head, JobFolder, Submission, find
 from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, array_range, exports, options, render
 from tandem.config.load import from_dict
 from tandem.config.slurm import ContainerConfig, SlurmSite
@@ -210,6 +210,20 @@ def test_a_jobs_folder_is_private_and_found_by_id_name_and_latest(tmp_path: Path
         find(tmp_path, "99")
     first.stop()
     assert first.stop_reason("41.0") == "user"
+
+
+def test_a_ready_job_without_heartbeats_for_a_minute_is_lost(tmp_path: Path) -> None:
+    folder = JobFolder.create(tmp_path, Submission(kind="serve", command=("serve",), nodes=1, gpus_per_node=0))
+    now = datetime.now(UTC)
+    connection = Connection(job_id="41", state="ready", node="10.0.0.1", port=8000, api_key="tdm-x")
+    folder.write_connection(connection.beating(now - timedelta(seconds=30)))
+    alive = folder.connection()
+    assert alive.state == "ready"
+    dead = connection.beating(now - timedelta(seconds=LOST_S + 5))
+    folder.write_connection(dead)
+    lost = folder.connection()
+    assert lost.state == "lost" and "last heartbeat" in lost.message
+    assert replace(dead, state="ended").checked(now).state == "ended"
 
 
 def test_tasks_of_an_array_are_found_by_their_numbers(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,18 @@ def test_the_key_goes_to_the_app_only_while_its_process_lives(
     process.returncode = None
     ready = slurm_node._ready(connection, folder.submission(), process)  # type: ignore[arg-type]
     assert ready is not None and (ready.state, ready.models, sent) == ("ready", ("tiny",), ["tdm-x"])
+
+
+def test_a_job_that_runs_writes_heartbeats(folder: JobFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "python"
+    command.write_text("#!/bin/sh\nsleep 0.5\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    monkeypatch.setattr(slurm_node, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(slurm_node, "POLL_S", 0.05)
+    written: list[Connection] = []
+    monkeypatch.setattr(JobFolder, "write_connection", lambda self, connection: written.append(connection))
+    submission = Submission(kind="train", command=("train", "submit"), nodes=1, gpus_per_node=0)
+    assert slurm_node._run_command(folder, submission, "127.0.0.1", "127.0.0.1:1", threading.Event()) == 0
+    beats = [each for each in written if each.state == "ready"]
+    assert len(beats) >= 3 and all(each.heartbeat_at for each in beats) and written[-1].state == "ended"
