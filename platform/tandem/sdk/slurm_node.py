@@ -15,20 +15,22 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from tandem.cluster import node
 from tandem.cluster.local import object_store_bytes
 from tandem.cluster.ports import free_ports
+from tandem.cluster.slots import hold_slot
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import HEARTBEAT_S, TIME_LIMIT, Connection, Head, JobFolder, Submission
-from tandem.cluster.slurm.script import REQUEUE_STATUS
+from tandem.cluster.slurm.script import REQUEUE_STATUS, RUNTIME_PREFIX
 from tandem.errors import ClusterError, TandemError
 from tandem.sdk.slurm_app import check_port_free, is_ready, models
 from tandem.sdk.slurm_key import job_end, make_key, revoke_key
 from tandem.serve.listen import is_loopback
-from tandem.settings import child_environment, variable
+from tandem.settings import child_environment, settings, variable
 
 JOIN_S = 300.0
 """Seconds within which a job's nodes have to find each other: the first container start on a node takes minutes."""
@@ -42,8 +44,13 @@ CANCEL_S = 3.0
 
 
 def run_node(folder: JobFolder) -> int:
-    """Run this task's part of the job; returns its exit status."""
-    return _run_head(folder) if int(variable("SLURM_PROCID") or 0) == 0 else _run_worker(folder)
+    """Run this task's part of the job; returns its exit status. The job's runtime folder is removed, unless it has failed."""
+    status = _run_head(folder) if int(variable("SLURM_PROCID") or 0) == 0 else _run_worker(folder)
+    own = settings().runtime_dir
+    # After a failure Ray's logs are of use.
+    if status in (0, REQUEUE_STATUS) and own is not None and own.name.startswith(RUNTIME_PREFIX):
+        node.stop(remove=True)
+    return status
 
 
 def _cancellation() -> threading.Event:
@@ -60,16 +67,15 @@ def _run_head(folder: JobFolder) -> int:
         host = node_address()
         (port,) = free_ports(1)
         address = f"{host}:{port}"
-        node.start(
-            ["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)], slot=_slot(submission)
-        )
-        try:
-            folder.write_head(Head(run=run, address=address))
-            _wait_for_nodes(address, submission.nodes, cancelled)
-            return _run_command(folder, submission, host, address, cancelled)
-        finally:
-            folder.write_head(Head(run=run, address=""))
-            node.stop()
+        with _slot(submission) as slot:
+            node.start(["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)], slot=slot)
+            try:
+                folder.write_head(Head(run=run, address=address))
+                _wait_for_nodes(address, submission.nodes, cancelled)
+                return _run_command(folder, submission, host, address, cancelled)
+            finally:
+                folder.write_head(Head(run=run, address=""))
+                node.stop()
     except BaseException as error:
         # Whatever ends the run: clients and `submit` wait for a state.
         message = str(error) or type(error).__name__
@@ -83,22 +89,25 @@ def _run_worker(folder: JobFolder) -> int:
     if head is None:
         return 0
     deadline = time.monotonic() + JOIN_S
-    while True:
+    words = [f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)]
+    with _slot(submission) as slot:
+        while True:
+            try:
+                node.start(words, slot=slot)
+                break
+            except ClusterError:
+                if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
+                    raise
+                time.sleep(START_AGAIN_S)
         try:
-            words = [f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)]
-            node.start(words, slot=_slot(submission))
-            break
-        except ClusterError:
-            if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
-                raise
-            time.sleep(START_AGAIN_S)
-    try:
-        while not cancelled.is_set() and not _has_ended(folder, run):
-            if not node.is_running():
-                raise ClusterError(f"Ray has ended on {socket.gethostname()}; its log is in {node.runtime_folder()}.")
-            time.sleep(POLL_S)
-    finally:
-        node.stop()
+            while not cancelled.is_set() and not _has_ended(folder, run):
+                if not node.is_running():
+                    raise ClusterError(
+                        f"Ray has ended on {socket.gethostname()}; its log is in {node.runtime_folder()}."
+                    )
+                time.sleep(POLL_S)
+        finally:
+            node.stop()
     return 0
 
 
@@ -241,10 +250,10 @@ def _resources(submission: Submission) -> list[str]:
     return [*found, f"--num-gpus={submission.gpus_per_node}"]
 
 
-def _slot(submission: Submission) -> int | None:
-    """Which of the port spaces of a machine the node takes (see `node.start`); None for an app, which has the machine's own."""
+def _slot(submission: Submission) -> AbstractContextManager[int | None]:
+    """Holds one of the port spaces of a machine for the node (see `node.start`); None for an app, which has the machine's own."""
     # Jobs that run at the same time have numbers that are near each other.
-    return None if submission.serves else int(_job_id()) % node.SLOTS
+    return contextlib.nullcontext() if submission.serves else hold_slot(int(_job_id()))
 
 
 def _wait_for_nodes(address: str, count: int, cancelled: threading.Event) -> None:

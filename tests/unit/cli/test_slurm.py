@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from tandem.cli.main import app
 from tandem.cluster.slurm.folder import Connection, JobFolder, Submission
+from tandem.cluster.tunnel import Tunnel
 
 
 @pytest.fixture
@@ -150,3 +152,16 @@ def test_a_command_for_one_output_names_the_tasks_of_an_array(home: Path) -> Non
     )
     status, shown = run("logs", "7")
     assert status != 0 and "Name one of its 2 tasks, such as 7_2" in shown
+
+
+def test_a_tunnel_does_not_print_the_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run_tunnel(self: Tunnel, port: int, on_open: Callable[[int], None]) -> None:
+        on_open(port)
+
+    monkeypatch.setattr(Tunnel, "run", run_tunnel)
+    folder = JobFolder.create(
+        home, Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7")
+    )
+    folder.write_connection(Connection(job_id="7", state="ready", node="10.0.0.1", port=8000, api_key="tdm-x"))
+    status, shown = run("tunnel", "7")
+    assert status == 0 and "tdm-x" not in shown and "`tandem slurm info 7 --json` prints the key" in shown

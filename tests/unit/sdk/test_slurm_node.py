@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobFolder:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(slurm_node, "node_address", lambda: "127.0.0.1")
     monkeypatch.setattr(node, "start", lambda words, slot: None)
-    monkeypatch.setattr(node, "stop", lambda: 0)
+    monkeypatch.setattr(node, "stop", lambda remove=False: 0)
     submission = Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7")
     return JobFolder.create(home, submission)
 
@@ -77,3 +77,15 @@ def test_a_job_that_runs_writes_heartbeats(folder: JobFolder, tmp_path: Path, mo
     assert slurm_node._run_command(folder, submission, "127.0.0.1", "127.0.0.1:1", threading.Event()) == 0
     beats = [each for each in written if each.state == "ready"]
     assert len(beats) >= 3 and all(each.heartbeat_at for each in beats) and written[-1].state == "ended"
+
+
+@pytest.mark.parametrize(("name", "status", "removed"), [("ts-abc", 0, True), ("ts-abc", 1, False), ("own", 0, False)])
+def test_the_runtime_folder_of_a_job_that_has_not_failed_is_removed(
+    folder: JobFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: int, removed: bool
+) -> None:
+    monkeypatch.setenv("TANDEM_RUNTIME_DIR", str(tmp_path / name))
+    calls: list[bool] = []
+    monkeypatch.setattr(node, "stop", lambda remove=False: calls.append(remove))
+    monkeypatch.setattr(slurm_node, "_run_command", lambda *arguments: status)
+    assert slurm_node.run_node(folder) == status
+    assert calls == [False, *([True] if removed else [])]

@@ -26,7 +26,7 @@ from tandem.cli.sweep import (
 )
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import JobFolder, Submission, find
-from tandem.cluster.slurm.script import JobRequest, exports, render
+from tandem.cluster.slurm.script import RUNTIME_PREFIX, JobRequest, exports, render
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.console import console
@@ -183,7 +183,7 @@ def _request(submission: Submission, folder: JobFolder, site: SlurmSite) -> JobR
     variables = {
         "TANDEM_HOME": str(found.root),
         # One for each job: nodes may be shared.
-        "TANDEM_RUNTIME_DIR": f"/tmp/ts-{folder.name[-6:]}",
+        "TANDEM_RUNTIME_DIR": f"/tmp/{RUNTIME_PREFIX}{folder.name[-6:]}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder.token),
         # Workers notice within this many seconds that the head has gone. The default, 60, would keep the allocation for a minute.

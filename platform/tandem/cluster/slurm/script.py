@@ -13,6 +13,8 @@ from tandem.config.slurm import ContainerConfig, SlurmSite
 
 REQUEUE_STATUS = 75
 """Exit status of a job's first node that asks to be queued again: the work is not done (EX_TEMPFAIL of sysexits.h)."""
+RUNTIME_PREFIX = "ts-"
+"""How the names of jobs' runtime folders in /tmp begin; short, because paths of sockets are."""
 SECRET_NAME = re.compile("PASSWORD|TOKEN|KEY|SECRET|URL", re.IGNORECASE)
 """Parts of the names of variables whose values are not shown."""
 
