@@ -27,7 +27,7 @@ from bench.harness.machine import machine
 from bench.harness.options import options_parser
 from bench.harness.slurm_site import Site, slurm_site
 from tandem.cluster.slurm.folder import JobFolder, Submission
-from tandem.cluster.slurm.script import JobRequest, options, preparation
+from tandem.cluster.slurm.script import JobRequest, exports, options, preparation, source
 from tandem.config.slurm import SlurmSite
 
 BAR_S, BARE_BAR = 60.0, 1.3
@@ -99,7 +99,8 @@ def bare_start(site: Site, variables: dict[str, str]) -> float:
     server += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
     server += ["--host", site.nodes[0].address, "--port", str(PORT), "--api-key", KEY]
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(config, request))]
-    lines += [*preparation(config, variables), f"srun --ntasks-per-node=1 {shlex.join(server)}"]
+    folder.write_environment(exports(config, variables))
+    lines += [*preparation(config, [source(folder.environment)]), f"srun --ntasks-per-node=1 {shlex.join(server)}"]
     folder.script.write_text("\n".join([*lines, ""]))
     since = time.monotonic()
     site.slurm.run("sbatch", "--parsable", str(folder.script))

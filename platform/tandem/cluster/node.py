@@ -138,11 +138,16 @@ def start(arguments: Sequence[str], *, slot: int | None = None) -> None:
     )
 
 
+def worker_ports(slot: int) -> range:
+    """The ports of Ray's workers on the node in a slot."""
+    count = len(WORKER_PORTS) // SLOTS
+    return WORKER_PORTS[slot * count : (slot + 1) * count]
+
+
 def slot_options(slot: int, *, head: bool) -> list[str]:
     """Options of `ray start` that keep a node's ports apart from those of nodes in other slots of the machine."""
-    first = WORKER_PORTS.start + slot * (len(WORKER_PORTS) // SLOTS)
-    ports = free_ports(3)
-    found = [f"--min-worker-port={first}", f"--max-worker-port={first + len(WORKER_PORTS) // SLOTS - 1}"]
+    of_workers, ports = worker_ports(slot), free_ports(3)
+    found = [f"--min-worker-port={of_workers[0]}", f"--max-worker-port={of_workers[-1]}"]
     found.append(f"--dashboard-agent-listen-port={ports[0]}")
     return [*found, f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"] if head else found
 
@@ -219,8 +224,7 @@ def supervise(node: RunningNode) -> None:
         started_at = time.monotonic()
         _wait_for_end(node.mark)
         if not node.restart:
-            with _lock_node():
-                _end(node.mark)
+            _end_watched(node.mark)
             return
         if time.monotonic() - started_at > SETTLED_S:
             pauses = restart_pauses()
@@ -229,6 +233,17 @@ def supervise(node: RunningNode) -> None:
         if restarted is None:
             return
         node = restarted
+
+
+def _end_watched(mark: str) -> None:
+    """End a node's processes and remove its record, unless `stop` has removed the whole folder: it is not made again."""
+    folder = environment.settings().runtime_dir
+    if folder is None or folder.exists():
+        with _lock_node() as folder:
+            if folder.exists():
+                _end(mark)
+                return
+    end_marked_processes(mark)
 
 
 def _wait_for_end(mark: str) -> None:
@@ -286,10 +301,16 @@ def _log(folder: Path, text: str) -> None:
             file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
 
 
-def stop() -> int:
-    """End every process of the node that this user started here; returns how many there were. Ray's logs stay."""
-    with _lock_node():
-        return _end_recorded()
+def stop(*, remove: bool = False) -> int:
+    """End every process of the node that this user started here; returns how many there were.
+
+    Ray's logs stay, unless `remove`: then the runtime folder goes with all that it holds.
+    """
+    with _lock_node() as folder:
+        count = _end_recorded()
+        if remove:
+            remove_private_folder(folder)
+        return count
 
 
 @contextlib.contextmanager

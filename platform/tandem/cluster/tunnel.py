@@ -134,6 +134,9 @@ class Tunnel:
                     await asyncio.to_thread(self._enter)
                     self._on_message(f"New connections go to {target.name} now.")
             except AppEndedError:
+                # What listens at its address from now on is not known.
+                if self._server is not None:
+                    self._server.close()
                 return
             except ClusterError as error:
                 self._remind(str(error))

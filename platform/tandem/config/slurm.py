@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from tandem.config import check
 from tandem.config.ssh import SshConfig
@@ -14,6 +15,19 @@ TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 WORD = re.compile(r"[\w.,:=+@%/\[\]&|*()-]+")
 """Values of sbatch's options; no spaces or quotes, so that none ends the line of the batch script that it stands in."""
 RUNTIMES = ("apptainer", "singularity")
+
+
+def time_limit(text: str) -> timedelta | None:
+    """The duration of one of Slurm's forms; None for 0, which means no limit, and for what is of no such form."""
+    if not TIME.fullmatch(text):
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # After days the first number is hours. Without them one or two numbers begin with minutes, and three with hours.
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return timedelta(days=int(days or 0), hours=hours, minutes=minutes, seconds=seconds) or None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,8 +93,8 @@ class JobReader:
             while connection.successor:
                 connection = self.connection(connection.successor)
                 newest = connection if connection.state == "ready" else newest
-            if newest is None and connection.state in ("ended", "failed"):
-                raise AppEndedError(f"Job {connection.job_id} has {connection.state}.")
+            if newest is None and connection.state in ("ended", "failed", "lost"):
+                raise AppEndedError(f"Job {connection.job_id} is {connection.state}.")
             return None if newest is None else _target(newest)
 
         return find_target

@@ -7,7 +7,6 @@ others join it and end when the first one has.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -16,29 +15,28 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
-from tandem.auth import KeyStore
 from tandem.cluster import node
 from tandem.cluster.local import object_store_bytes
 from tandem.cluster.ports import free_ports
+from tandem.cluster.slots import hold_slot
 from tandem.cluster.slurm import commands
-from tandem.cluster.slurm.folder import TIME_LIMIT, Connection, Head, JobFolder, Submission
-from tandem.cluster.slurm.script import REQUEUE_STATUS
+from tandem.cluster.slurm.folder import HEARTBEAT_S, TIME_LIMIT, Connection, Head, JobFolder, Submission
+from tandem.cluster.slurm.script import REQUEUE_STATUS, RUNTIME_PREFIX
 from tandem.errors import ClusterError, TandemError
-from tandem.sdk.keys import operator
+from tandem.sdk.slurm_app import check_port_free, is_ready, models
+from tandem.sdk.slurm_key import job_end, make_key, revoke_key
 from tandem.serve.listen import is_loopback
-from tandem.settings import child_environment, variable
+from tandem.settings import child_environment, settings, variable
 
 JOIN_S = 300.0
 """Seconds within which a job's nodes have to find each other: the first container start on a node takes minutes."""
 POLL_S = 0.5
 START_AGAIN_S = 2.0
 """Seconds before a node that could not join tries again."""
-KEY_OUTLIVES = timedelta(days=1)
-"""How long after the job's end its key expires: a successor's users keep theirs."""
 HAND_OVER_S = 10.0
 """Seconds for which an app that is told to end takes new requests still if another one succeeds it: tunnels change meanwhile."""
 CANCEL_S = 3.0
@@ -46,8 +44,13 @@ CANCEL_S = 3.0
 
 
 def run_node(folder: JobFolder) -> int:
-    """Run this task's part of the job; returns its exit status."""
-    return _run_head(folder) if int(variable("SLURM_PROCID") or 0) == 0 else _run_worker(folder)
+    """Run this task's part of the job; returns its exit status. The job's runtime folder is removed, unless it has failed."""
+    status = _run_head(folder) if int(variable("SLURM_PROCID") or 0) == 0 else _run_worker(folder)
+    own = settings().runtime_dir
+    # After a failure Ray's logs are of use.
+    if status in (0, REQUEUE_STATUS) and own is not None and own.name.startswith(RUNTIME_PREFIX):
+        node.stop(remove=True)
+    return status
 
 
 def _cancellation() -> threading.Event:
@@ -60,22 +63,23 @@ def _cancellation() -> threading.Event:
 def _run_head(folder: JobFolder) -> int:
     submission, run, cancelled = folder.submission(), run_id(), _cancellation()
     folder.write_connection(Connection(job_id=_job_id(), state="starting"))
-    host = node_address()
-    (port,) = free_ports(1)
-    address = f"{host}:{port}"
     try:
-        node.start(
-            ["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)], slot=_slot(submission)
-        )
-        try:
-            folder.write_head(Head(run=run, address=address))
-            _wait_for_nodes(address, submission.nodes, cancelled)
-            return _run_command(folder, submission, host, address, cancelled)
-        finally:
-            folder.write_head(Head(run=run, address=""))
-            node.stop()
-    except TandemError as error:
-        folder.write_connection(Connection(job_id=_job_id(), state="failed", message=str(error)))
+        host = node_address()
+        (port,) = free_ports(1)
+        address = f"{host}:{port}"
+        with _slot(submission) as slot:
+            node.start(["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)], slot=slot)
+            try:
+                folder.write_head(Head(run=run, address=address))
+                _wait_for_nodes(address, submission.nodes, cancelled)
+                return _run_command(folder, submission, host, address, cancelled)
+            finally:
+                folder.write_head(Head(run=run, address=""))
+                node.stop()
+    except BaseException as error:
+        # Whatever ends the run: clients and `submit` wait for a state.
+        message = str(error) or type(error).__name__
+        folder.write_connection(Connection(job_id=_job_id(), state="failed", message=message))
         raise
 
 
@@ -85,50 +89,72 @@ def _run_worker(folder: JobFolder) -> int:
     if head is None:
         return 0
     deadline = time.monotonic() + JOIN_S
-    while True:
+    words = [f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)]
+    with _slot(submission) as slot:
+        while True:
+            try:
+                node.start(words, slot=slot)
+                break
+            except ClusterError:
+                if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
+                    raise
+                time.sleep(START_AGAIN_S)
         try:
-            words = [f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)]
-            node.start(words, slot=_slot(submission))
-            break
-        except ClusterError:
-            if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
-                raise
-            time.sleep(START_AGAIN_S)
-    try:
-        while not cancelled.is_set() and not _has_ended(folder, run):
-            if not node.is_running():
-                raise ClusterError(f"Ray has ended on {socket.gethostname()}; its log is in {node.runtime_folder()}.")
-            time.sleep(POLL_S)
-    finally:
-        node.stop()
+            while not cancelled.is_set() and not _has_ended(folder, run):
+                if not node.is_running():
+                    raise ClusterError(
+                        f"Ray has ended on {socket.gethostname()}; its log is in {node.runtime_folder()}."
+                    )
+                time.sleep(POLL_S)
+        finally:
+            node.stop()
     return 0
 
 
 def _run_command(folder: JobFolder, submission: Submission, host: str, address: str, cancelled: threading.Event) -> int:
-    """Run the job's command until it ends, or is told to."""
-    job = commands.state(_job_id()) if commands.available() else None
+    """Run the job's command until it ends, or is told to; an app with a key of the job's own."""
     connection = Connection(job_id=_job_id(), state="starting", node=host, port=submission.port)
+    if (end := job_end(_known_job(), submission)) is not None:
+        connection = replace(connection, ends_at=end.isoformat(timespec="seconds"))
+    if not submission.serves:
+        return _watch_command(folder, submission, connection, address, cancelled)
+    check_port_free(host, submission.port)
+    # Before the app: it refuses to listen to other machines without a key.
+    new = make_key(_job_id(), end)
+    connection = replace(connection, api_key=new.secret, api_key_id=new.key.id)
+    try:
+        return _watch_command(folder, submission, connection, address, cancelled)
+    finally:
+        with contextlib.suppress(TandemError):
+            connection = replace(connection, successor=folder.connection().successor)
+        revoke_key(connection)
+
+
+def _watch_command(
+    folder: JobFolder, submission: Submission, connection: Connection, address: str, cancelled: threading.Event
+) -> int:
     words = list(submission.command)
-    if job is not None and job.ends_at is not None:
-        connection = replace(connection, ends_at=job.ends_at.isoformat(timespec="seconds"))
     if submission.serves:
-        # Before the app: it refuses to listen to other machines without a key.
-        connection = replace(connection, api_key=_make_key(job))
-        words += ["--host", host, "--port", str(submission.port)]
+        words += ["--host", connection.node, "--port", str(connection.port)]
     process = subprocess.Popen(
         [sys.executable, "-m", "tandem", *words],
         stdin=subprocess.DEVNULL,
         env=child_environment({"RAY_ADDRESS": address}),
         start_new_session=True,
     )
+    beaten_at = time.monotonic()
     try:
         while process.poll() is None and not cancelled.is_set() and folder.stop_reason(run_id()) is None:
-            if connection.state == "starting" and (not submission.serves or _answers(host, submission.port)):
-                models = _models(host, submission.port, connection.api_key) if submission.serves else ()
-                connection = replace(connection, state="ready", models=models)
-                folder.write_connection(connection)
+            if connection.state == "starting" and (ready := _ready(connection, submission, process)) is not None:
+                connection = ready
+                folder.write_connection(connection.beating(datetime.now(UTC)))
                 if submission.succeeds:
                     JobFolder(folder.path.parent / submission.succeeds).write_successor(connection.job_id)
+            elif connection.state == "ready" and time.monotonic() - beaten_at >= HEARTBEAT_S:
+                beaten_at = time.monotonic()
+                # A file system that is full or away for a moment does not end the job.
+                with contextlib.suppress(OSError):
+                    folder.write_connection(connection.beating(datetime.now(UTC)))
             time.sleep(POLL_S)
         if process.poll() is None:
             folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))
@@ -144,6 +170,24 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
     message = "" if status == 0 else f"`tandem {' '.join(words[:2])}` ended with status {status}; see {folder.log}."
     folder.write_connection(replace(connection, state="failed" if status else "ended", message=message))
     return status
+
+
+def _ready(connection: Connection, submission: Submission, process: subprocess.Popen[bytes]) -> Connection | None:
+    """The connection of a command that runs, of an app that answers; None: not yet. The key is sent to the job's app alone."""
+    if not submission.serves:
+        return replace(connection, state="ready")
+    # The order matters: what answers was this user's, and the app had not ended.
+    if not is_ready(connection.node, connection.port) or process.poll() is not None:
+        return None
+    names = models(connection.node, connection.port, connection.api_key)
+    return None if names is None else replace(connection, state="ready", models=names)
+
+
+def _known_job() -> commands.JobState | None:
+    """What Slurm says of this job; None where this container has no `scontrol`, or the controller does not answer."""
+    with contextlib.suppress(ClusterError):
+        return commands.state(_job_id()) if commands.available() else None
+    return None
 
 
 def _end_command(
@@ -206,10 +250,10 @@ def _resources(submission: Submission) -> list[str]:
     return [*found, f"--num-gpus={submission.gpus_per_node}"]
 
 
-def _slot(submission: Submission) -> int | None:
-    """Which of the port spaces of a machine the node takes (see `node.start`); None for an app, which has the machine's own."""
+def _slot(submission: Submission) -> AbstractContextManager[int | None]:
+    """Holds one of the port spaces of a machine for the node (see `node.start`); None for an app, which has the machine's own."""
     # Jobs that run at the same time have numbers that are near each other.
-    return None if submission.serves else int(_job_id()) % node.SLOTS
+    return contextlib.nullcontext() if submission.serves else hold_slot(int(_job_id()))
 
 
 def _wait_for_nodes(address: str, count: int, cancelled: threading.Event) -> None:
@@ -249,30 +293,6 @@ def _wait_for_head(folder: JobFolder, run: str, cancelled: threading.Event) -> H
 def _has_ended(folder: JobFolder, run: str) -> bool:
     head = folder.head()
     return head is None or head.run != run or not head.address
-
-
-def _make_key(job: commands.JobState | None) -> str:
-    """A key for the users of this job's app, which expires a day after the job's end."""
-    expires_in = None
-    if job is not None and job.ends_at is not None:
-        expires_in = job.ends_at - datetime.now(UTC) + KEY_OUTLIVES
-    return KeyStore.open().create(f"slurm-{_job_id()}", expires_in=expires_in, by=operator()).secret
-
-
-def _answers(host: str, port: int) -> bool:
-    """Whether the app is ready on all its models."""
-    with (
-        contextlib.suppress(OSError),
-        urllib.request.urlopen(f"http://{host}:{port}/health/ready", timeout=5) as answer,
-    ):
-        return bool(answer.status == 200)
-    return False
-
-
-def _models(host: str, port: int, key: str) -> tuple[str, ...]:
-    request = urllib.request.Request(f"http://{host}:{port}/v1/models", headers={"Authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return tuple(model["id"] for model in json.load(answer)["data"])
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from tandem.cli.main import app
 from tandem.cluster.slurm.folder import Connection, JobFolder, Submission
+from tandem.cluster.tunnel import Tunnel
 
 
 @pytest.fixture
@@ -51,6 +53,44 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(home: Path) -> None:
         assert wanted in lines
     assert any("slurm node" in line for line in lines)
     assert not (home / "slurm").exists()
+
+
+def test_a_dry_run_hides_the_values_of_secrets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_DATABASE_URL", "postgresql://ann:pw@db/tandem")
+    (home / "slurm.yaml").write_text("environment: {HF_TOKEN: hf_x, NCCL_DEBUG: WARN}\n")
+    status, shown = run("submit", "serve", "my-model", "--dry-run")
+    assert status == 0 and "pw@db" not in shown and "hf_x" not in shown
+    for wanted in ("# export TANDEM_DATABASE_URL=***", "# export HF_TOKEN=***", "# export NCCL_DEBUG=WARN"):
+        assert wanted in shown
+
+
+def fake(folder: Path, name: str, script: str) -> None:
+    """A command of Slurm on the PATH."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_passwords_are_in_no_words_of_a_command_and_in_no_batch_script(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_DATABASE_URL", "postgresql://ann:pw@db/tandem")
+    (home / "slurm.yaml").write_text("environment: {HF_TOKEN: hf_x}\n")
+    fake(tmp_path, "scontrol", "exit 0")
+    fake(tmp_path, "sbatch", f'echo "$@" > {tmp_path}/words; echo 7')
+    fake(tmp_path, "srun", f'echo "$@" > {tmp_path}/words; exit 1')
+    status, shown = run("submit", "serve", "my-model", "--detach")
+    assert status == 0, shown
+    (folder,) = (home / "slurm").iterdir()
+    assert "pw@db" in (folder / "environment.sh").read_text()
+    for path in (folder / "script.sh", tmp_path / "words"):
+        assert "pw@db" not in path.read_text() and "hf_x" not in path.read_text()
+    assert run("check")[0] != 0
+    words = (tmp_path / "words").read_text()
+    assert (
+        "doctor" in words
+        and "hf_x" not in words
+        and [each.name for each in (home / "slurm").iterdir()] == [folder.name]
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,3 +152,16 @@ def test_a_command_for_one_output_names_the_tasks_of_an_array(home: Path) -> Non
     )
     status, shown = run("logs", "7")
     assert status != 0 and "Name one of its 2 tasks, such as 7_2" in shown
+
+
+def test_a_tunnel_does_not_print_the_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run_tunnel(self: Tunnel, port: int, on_open: Callable[[int], None]) -> None:
+        on_open(port)
+
+    monkeypatch.setattr(Tunnel, "run", run_tunnel)
+    folder = JobFolder.create(
+        home, Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7")
+    )
+    folder.write_connection(Connection(job_id="7", state="ready", node="10.0.0.1", port=8000, api_key="tdm-x"))
+    status, shown = run("tunnel", "7")
+    assert status == 0 and "tdm-x" not in shown and "`tandem slurm info 7 --json` prints the key" in shown

@@ -5,6 +5,8 @@ from __future__ import annotations
 import stat
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import pytest
 import yaml
@@ -12,9 +14,11 @@ from typer.testing import CliRunner
 
 import tandem
 from tandem.cli.main import app
-from tandem.cluster.slurm.setup import SetupRequest, steps
+from tandem.cluster.slurm import setup
+from tandem.cluster.slurm.setup import SetupRequest, Step, run_step, steps
 from tandem.config.load import from_dict
 from tandem.config.slurm import SlurmSite
+from tandem.errors import ClusterError
 
 MAKEFILE = """\
 LOCK ?= cpu
@@ -75,6 +79,40 @@ def test_each_step_is_done_once_and_the_command_works_afterwards(project: Path, 
     assert status == 0 and "copied" in shown and (folder / "requirements" / "gpu.lock").read_text() == "a==1\n"
 
 
+def test_a_copy_that_was_interrupted_is_made_again(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shared"
+    bash = setup.bash
+
+    def cut(script: str, ssh: None, *, timeout_s: float = 9.0, stdin: IO[bytes] | None = None) -> tuple[int, str]:
+        with TemporaryFile() as part:
+            # As a connection that is lost on the way.
+            part.write(b"" if stdin is None else stdin.read(1536))
+            part.seek(0)
+            return bash(script, ssh, timeout_s=timeout_s, stdin=None if stdin is None else part)
+
+    monkeypatch.setattr(setup, "bash", cut)
+    status, shown = run(str(folder), "--no-check")
+    assert status != 0 and "did not arrive whole" in shown
+    # Nothing is in its place yet, and the mark says why.
+    assert sorted(each.name for each in folder.iterdir()) == [".tandem-archive", ".tandem-source", ".tandem-unpacked"]
+    assert (folder / ".tandem-source").read_text().startswith("copying ")
+    monkeypatch.setattr(setup, "bash", bash)
+    status, shown = run(str(folder), "--no-check")
+    assert status == 0 and "copied" in shown and (folder / "requirements" / "gpu.lock").exists()
+    assert not (folder / ".tandem-unpacked").exists() and not (folder / ".tandem-archive").exists()
+
+
+def test_paths_are_quoted(project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a';touch$IFS$0;'&b"
+    status, shown = run(str(folder), "--no-check")
+    assert status == 0, shown
+    answer = subprocess.run([str(folder / "tandem"), "doctor"], capture_output=True, text=True, check=True).stdout
+    assert answer == f"{folder}/home: -m tandem doctor\n"
+    assert run(str(folder), "--no-check")[1].count(": is there\n") == 5
+
+
 def test_a_folder_with_other_files_is_left_alone(project: Path, tmp_path: Path) -> None:
     folder = tmp_path / "thesis"
     folder.mkdir()
@@ -107,6 +145,13 @@ def test_an_image_is_pulled_where_it_is_not_there(
     assert status == 0 and image.read_text() == "pull docker://example.org/tandem:1\n" and "environment" not in shown
     status, shown = run(*arguments)
     assert status == 0 and f"image, {image}: is there" in shown
+
+
+def test_a_step_gets_the_variables_by_its_standard_input() -> None:
+    site = SlurmSite(environment={"HF_TOKEN": "hf_x"})
+    step = Step(name="a", is_done="false", command="tr '\\0' ' ' < /proc/$$/cmdline; cat; echo; echo $HF_TOKEN; exit 1")
+    with pytest.raises(ClusterError, match="status 1:\nbash -s \nhf_x"):
+        run_step(step, site, None)
 
 
 @pytest.mark.parametrize(

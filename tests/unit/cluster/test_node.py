@@ -283,3 +283,10 @@ def test_nodes_in_slots_have_ports_apart() -> None:
     ports = [port for each in ranges for port in each]
     assert len(ports) == len(set(ports)) and set(ports) <= set(node.WORKER_PORTS)
     assert any(each.startswith("--dashboard-port=") for each in node.slot_options(0, head=True))
+
+
+def test_a_folder_that_was_removed_is_not_made_again_by_the_nodes_watcher(folder: Path) -> None:
+    (node.runtime_folder() / "ray").mkdir()
+    assert node.stop(remove=True) == 0 and not folder.exists()
+    node.supervise(node.RunningNode(mark="0" * 16, arguments=(), restart=False))
+    assert not folder.exists()

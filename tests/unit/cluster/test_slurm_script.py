@@ -8,14 +8,14 @@ import stat
 import subprocess
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tandem.cluster.slurm.commands import parse_job
-from tandem.cluster.slurm.folder import Connection, Head, JobFolder, Submission, find
-from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, array_range, options, render
+from tandem.cluster.slurm.folder import LOST_S, Connection, Head, JobFolder, Submission, find
+from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, array_range, exports, options, render
 from tandem.config.load import from_dict
 from tandem.config.slurm import ContainerConfig, SlurmSite
 from tandem.errors import ClusterError, ConfigError
@@ -73,6 +73,19 @@ def test_a_container_runs_the_same_command_with_the_home_and_its_binds() -> None
     )
 
 
+def test_variables_are_in_a_private_file_and_not_in_the_script(tmp_path: Path) -> None:
+    request = request_in(tmp_path)
+    site = SlurmSite(environment={"WANDB_API_KEY": "abc123", "MODE": "fast"})
+    request.folder.write_environment(exports(site, {"TANDEM_DATABASE_URL": "postgresql://a:pw@db/x"}))
+    script = render(site, request)
+    assert "abc123" not in script and f". {tmp_path}/environment.sh || exit 1" in script
+    assert stat.S_IMODE(request.folder.environment.stat().st_mode) == 0o600
+    shown = "export WANDB_API_KEY=abc123\nexport MODE=fast\nexport TANDEM_DATABASE_URL=postgresql://a:pw@db/x\n"
+    assert request.folder.environment.read_text() == shown
+    hidden = exports(site, {"TANDEM_DATABASE_URL": "postgresql://a:pw@db/x"}, hidden=True)
+    assert hidden == ["export WANDB_API_KEY=***", "export MODE=fast", "export TANDEM_DATABASE_URL=***"]
+
+
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
     """A folder with an `srun` that runs its command here, and a `scontrol` that writes down its arguments."""
@@ -96,7 +109,9 @@ def start(
     if task is not None:
         request = replace(request, submission=replace(request.submission, tasks=(1, 2, 3)))
     script = folder / "script.sh"
-    script.write_text(render(SlurmSite(environment={"SITE": 'a "b"'}, commands=("export EXTRA=1",)), request))
+    site = SlurmSite(environment={"SITE": 'a "b"'}, commands=("export EXTRA=1",))
+    script.write_text(render(site, request))
+    request.folder.write_environment(exports(site, request.variables))
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment |= {"SLURM_ARRAY_TASK_ID": str(task)} if task is not None else {}
     return subprocess.Popen(["bash", str(script)], env=environment)
@@ -195,6 +210,20 @@ def test_a_jobs_folder_is_private_and_found_by_id_name_and_latest(tmp_path: Path
         find(tmp_path, "99")
     first.stop()
     assert first.stop_reason("41.0") == "user"
+
+
+def test_a_ready_job_without_heartbeats_for_a_minute_is_lost(tmp_path: Path) -> None:
+    folder = JobFolder.create(tmp_path, Submission(kind="serve", command=("serve",), nodes=1, gpus_per_node=0))
+    now = datetime.now(UTC)
+    connection = Connection(job_id="41", state="ready", node="10.0.0.1", port=8000, api_key="tdm-x")
+    folder.write_connection(connection.beating(now - timedelta(seconds=30)))
+    alive = folder.connection()
+    assert alive.state == "ready"
+    dead = connection.beating(now - timedelta(seconds=LOST_S + 5))
+    folder.write_connection(dead)
+    lost = folder.connection()
+    assert lost.state == "lost" and "last heartbeat" in lost.message
+    assert replace(dead, state="ended").checked(now).state == "ended"
 
 
 def test_tasks_of_an_array_are_found_by_their_numbers(tmp_path: Path) -> None:

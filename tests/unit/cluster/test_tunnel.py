@@ -82,9 +82,12 @@ async def test_it_ends_when_the_app_has_and_outlives_a_look_that_fails() -> None
 
     async with app("first") as target:
         tunnel = Tunnel(None, target, find_target, messages.append)
-        await tunnel.start(0)
+        port = await tunnel.start(0)
         await asyncio.wait_for(tunnel.wait(), 5)
         assert messages == ["ssh is away"]
+        # No request, and no key, reaches the address of an app that has ended.
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
         await tunnel.stop()
 
 

@@ -6,14 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 import tandem
-from tandem.cluster.slurm.folder import Connection, JobFolder, Submission
+from tandem.cluster.slurm.folder import Connection, JobFolder, Submission, find
+from tandem.cluster.tunnel import AppEndedError, Target
 from tandem.errors import ClusterError, ConfigError, UnknownModelError
+from tandem.sdk import slurm
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -70,8 +73,23 @@ def test_what_keeps_a_job_from_being_reached_is_said(home: Path) -> None:
     add_job(home, Connection(job_id="9", state="ready", node="127.0.0.1", port=port, api_key="tdm-x"))
     with pytest.raises(ClusterError, match=r"does not reach 127\.0\.0\.1:\d+.*login: \{host: USER@HOST\}"):
         tandem.Client.from_slurm("9")
+    lost = Connection(job_id="10", state="ready", node="127.0.0.1", port=port, api_key="tdm-x")
+    add_job(home, lost.beating(datetime.now(UTC) - timedelta(minutes=2)))
+    with pytest.raises(ClusterError, match="Job 10 is lost: there is no app to reach"):
+        tandem.Client.from_slurm("10")
     with pytest.raises(ConfigError, match="No config file"):
         tandem.Client.from_slurm("9", site=home / "none.yaml")
+
+
+def test_a_tunnel_ends_when_its_job_is_lost(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "FOLLOW_S", 0.0)
+    job = Connection(job_id="7", state="ready", node="10.0.0.1", port=8000, api_key="tdm-x")
+    add_job(home, job.beating(datetime.now(UTC)))
+    follow = slurm.JobReader(None)._follow("7")
+    assert follow() == Target("job 7", "10.0.0.1", 8000)
+    find(home, "7").write_connection(job.beating(datetime.now(UTC) - timedelta(minutes=2)))
+    with pytest.raises(AppEndedError, match="Job 7 is lost"):
+        follow()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

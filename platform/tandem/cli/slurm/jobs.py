@@ -24,7 +24,7 @@ from tandem.cli.support.shell import friendly_errors
 from tandem.cli.sweep import say_swept
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import JobFolder, find, folders
-from tandem.cluster.slurm.script import container_words, preparation, resource_options
+from tandem.cluster.slurm.script import container_words, exports, preparation, resource_options, source
 from tandem.errors import ClusterError, ConfigError
 from tandem.jobs.sweep import find_sweep
 from tandem.sdk.console import console
@@ -53,13 +53,17 @@ def check_command(
         found = read_site(site, overrides)
         home = settings().root
         token = home / "slurm" / f"check-{secrets.token_hex(4)}"
+        environment = token.with_suffix(".sh")
         write_atomic(token, secrets.token_hex(8), mode=0o600)
+        write_atomic(environment, "\n".join(exports(found, {"TANDEM_HOME": str(home)})) + "\n", mode=0o600)
         command = shlex.join([*tandem_words(found), "doctor", "--json"])
         if found.container is not None:
             command = " ".join([*container_words(found.container, home), command])
+        path = shlex.quote(str(token))
         lines = [
-            *preparation(found, {"TANDEM_HOME": str(home)}),
-            f"cat {shlex.quote(str(token))}; echo",
+            f"[ -e {path} ] || exit 0",
+            *preparation(found, [source(environment)]),
+            f"cat {path}; echo",
             f"{command} || true",
         ]
         try:
@@ -73,6 +77,7 @@ def check_command(
                 )
         finally:
             token.unlink(missing_ok=True)
+            environment.unlink(missing_ok=True)
         raise SystemExit(show_findings(console, [Finding(**values) for values in json.loads(report)]))
 
 
@@ -161,6 +166,10 @@ def extend_command(job: JobArgument, minutes: Annotated[int, typer.Option(min=1,
     with friendly_errors():
         folder = find(settings().root, job)
         commands.extend(folder.submission().job_id or "", minutes)
+        # Imported here: the key store imports the database's libraries.
+        from tandem.sdk.slurm_key import extend_key
+
+        extend_key(folder.connection(), minutes)
         console.print(f"Job {folder.submission().job_id} has {minutes} minutes more.")
 
 

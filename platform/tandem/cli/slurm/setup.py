@@ -98,7 +98,7 @@ def _command(site: SlurmSite, request: setup.SetupRequest) -> str:
     """The `tandem` command of the login node, as a shell reads it."""
     if site.container is None:
         return request.command
-    variables = f"TANDEM_HOME={request.home}"
+    variables = f"TANDEM_HOME={shlex.quote(request.home)}"
     if site.login is not None:
         return f"{variables} {site.login.tandem}"
     return f"{variables} {shlex.join([sys.executable, '-m', 'tandem'])}"

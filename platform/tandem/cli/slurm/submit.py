@@ -26,7 +26,7 @@ from tandem.cli.sweep import (
 )
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import JobFolder, Submission, find
-from tandem.cluster.slurm.script import JobRequest, render
+from tandem.cluster.slurm.script import RUNTIME_PREFIX, JobRequest, exports, render
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.console import console
@@ -38,7 +38,9 @@ POLL_S = 1.0
 submit_app = typer.Typer(no_args_is_help=True, help="Submit a job.")
 NodesOption = Annotated[int, typer.Option("--nodes", "-N", min=1, help="Number of nodes.")]
 GpusOption = Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs on each node.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the batch script, without secrets, and submit nothing.")
+]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Return once it is submitted.")]
 
 
@@ -151,11 +153,16 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
         raise ConfigError(f"TANDEM_HOME is {str(home)!r}; for Slurm its path must be without spaces.")
     if not dry_run:
         commands.require()
+    submission = replace(submission, time=site.time)
     folder = JobFolder(home / "slurm" / "example") if dry_run else JobFolder.create(home, submission)
-    script = render(site, _request(submission, folder, site))
+    request = _request(submission, folder, site)
+    script = render(site, request)
     if dry_run:
-        typer.echo(script, nl=False)
+        typer.echo(script)
+        typer.echo(f"# {folder.environment}, which nobody else can read:")
+        typer.echo("\n".join(f"# {line}" for line in exports(site, request.variables, hidden=True)))
         return
+    folder.write_environment(exports(site, request.variables))
     folder.script.write_text(script)
     for number in submission.tasks:
         single = replace(folder.submission(), command=(*submission.command, str(number)), tasks=(), tasks_at_once=0)
@@ -176,7 +183,7 @@ def _request(submission: Submission, folder: JobFolder, site: SlurmSite) -> JobR
     variables = {
         "TANDEM_HOME": str(found.root),
         # One for each job: nodes may be shared.
-        "TANDEM_RUNTIME_DIR": f"/tmp/ts-{folder.name[-6:]}",
+        "TANDEM_RUNTIME_DIR": f"/tmp/{RUNTIME_PREFIX}{folder.name[-6:]}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder.token),
         # Workers notice within this many seconds that the head has gone. The default, 60, would keep the allocation for a minute.

@@ -31,8 +31,9 @@ def tunnel_command(
             def show(number: int) -> None:
                 models = escape(", ".join(found.models))
                 console.print(f"http://127.0.0.1:{number}/v1 leads to job {found.job_id} ({models}). Ctrl-C ends it.")
-                variables = f"TANDEM_API_URL=http://127.0.0.1:{number}/v1 TANDEM_API_KEY={found.api_key}"
-                console.print(f"[dim]{variables} tandem chat[/]", soft_wrap=True)
+                where = f" on {escape(login.host)}" if login is not None else ""
+                info = f"`tandem slurm info {found.job_id} --json`{where} prints the key"
+                console.print(f"[dim]{info}; `tandem chat --slurm {found.job_id}` needs none.[/]", soft_wrap=True)
 
             asyncio.run(reader.tunnel(found, lambda message: console.print(escape(message))).run(port, show))
             console.print(f"Job {found.job_id} has ended.")

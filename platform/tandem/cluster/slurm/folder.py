@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,10 @@ T = TypeVar("T")
 STOP_FILE = "stop"
 TIME_LIMIT, USER = "time-limit", "user"
 """Reasons why a run is told to end."""
+HEARTBEAT_S = 10.0
+"""Seconds between two heartbeats of a job whose app answers."""
+LOST_S = 60.0
+"""Seconds without a heartbeat after which the job counts as lost: it was killed, or its node has died."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +41,8 @@ class Submission:
     gpus_per_node: int
     port: int = 8000
     """The app's port on the first node."""
+    time: str = ""
+    """The time limit that is asked for, in one of Slurm's forms; empty: not known."""
     submitted_at: str = ""
     """ISO 8601, UTC."""
     job_id: str | None = None
@@ -69,17 +76,37 @@ class Connection:
 
     job_id: str
     state: str
+    """`waiting`, `starting`, `ready`, `ending`, `ended`, `failed` or `lost`."""
     node: str = ""
     """Address of the node with the app's listener."""
     port: int = 0
     models: tuple[str, ...] = ()
     api_key: str = ""
+    api_key_id: str = ""
     ends_at: str = ""
     """When Slurm ends the job at the latest (ISO 8601, UTC); empty: not known."""
     message: str = ""
     """Why it has failed."""
     successor: str = ""
     """Id of the job that takes over when this one ends."""
+    heartbeat_at: str = ""
+    """When the job wrote last that its app answers (ISO 8601, UTC); empty: it has not."""
+
+    def beating(self, now: datetime) -> Connection:
+        """The same with this time as its last heartbeat."""
+        return replace(self, heartbeat_at=now.isoformat(timespec="seconds"))
+
+    def checked(self, now: datetime) -> Connection:
+        """The same; `lost` if it is ready and its last heartbeat is older than `LOST_S`."""
+        if self.state != "ready" or not self.heartbeat_at:
+            return self
+        age_s = (now - datetime.fromisoformat(self.heartbeat_at)).total_seconds()
+        if age_s <= LOST_S:
+            return self
+        message = (
+            f"Its last heartbeat was at {self.heartbeat_at}, {age_s:.0f} s ago: it was killed, or its node has died."
+        )
+        return replace(self, state="lost", message=message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +157,15 @@ class JobFolder:
     def script(self) -> Path:
         """The batch script."""
         return self.path / "script.sh"
+
+    @property
+    def environment(self) -> Path:
+        """Lines of bash that set the variables of the job's nodes; the batch script reads it. Passwords may be in it."""
+        return self.path / "environment.sh"
+
+    def write_environment(self, lines: Sequence[str]) -> None:
+        """Write it, with mode 0600."""
+        write_atomic(self.environment, "\n".join([*lines, ""]), mode=0o600)
 
     @property
     def log(self) -> Path:
@@ -184,10 +220,11 @@ class JobFolder:
         self._write("connection.json", connection)
 
     def connection(self) -> Connection:
-        """Where the job stands; its state is `waiting` until it has started."""
+        """Where the job stands; its state is `waiting` until it has started, and `lost` if it has died without a word."""
         connection = self._read("connection.json", Connection)
         if connection is None:
             return Connection(job_id=self.submission().job_id or "", state="waiting")
+        connection = connection.checked(datetime.now(UTC))
         # A file of its own: the successor writes it, and the job all else.
         try:
             return replace(connection, successor=(self.path / "successor").read_text().strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from tandem.config.slurm import ContainerConfig, SlurmSite
 
 REQUEUE_STATUS = 75
 """Exit status of a job's first node that asks to be queued again: the work is not done (EX_TEMPFAIL of sysexits.h)."""
+RUNTIME_PREFIX = "ts-"
+"""How the names of jobs' runtime folders in /tmp begin; short, because paths of sockets are."""
+SECRET_NAME = re.compile("PASSWORD|TOKEN|KEY|SECRET|URL", re.IGNORECASE)
+"""Parts of the names of variables whose values are not shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +46,7 @@ class JobRequest:
 def render(site: SlurmSite, request: JobRequest) -> str:
     """The script. Each node runs `tandem slurm node FOLDER`, which starts Ray; the first one runs the job's command."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(site, request)), ""]
-    lines += ["set -u", *preparation(site, request.variables)]
+    lines += ["set -u", *preparation(site, [source(request.folder.environment)])]
     if request.submission.tasks:
         # Tasks may share a node.
         lines += ['export TANDEM_RUNTIME_DIR="$TANDEM_RUNTIME_DIR-$SLURM_ARRAY_TASK_ID"']
@@ -65,11 +70,27 @@ def render(site: SlurmSite, request: JobRequest) -> str:
     return "\n".join([*lines, 'exit "$status"', ""])
 
 
-def preparation(site: SlurmSite, variables: Mapping[str, str]) -> list[str]:
-    """Lines of bash that a node needs before Tandem starts: modules, variables, and what the site wants."""
-    lines = ["umask 077", *(f"module load {shlex.quote(module)}" for module in site.modules)]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**site.environment, **variables}.items()]
-    return [*lines, *site.commands]
+def exports(site: SlurmSite, variables: Mapping[str, str], *, hidden: bool = False) -> list[str]:
+    """Lines of bash that set the variables of a node, those of the site too; `hidden`: without the values of secrets.
+
+    They belong into a private file, or on a shell's standard input: every user of a machine sees the words of its commands.
+    """
+    values = {**site.environment, **variables}
+    return [
+        f"export {name}={'***' if hidden and SECRET_NAME.search(name) else shlex.quote(value)}"
+        for name, value in values.items()
+    ]
+
+
+def source(path: Path) -> str:
+    """The line of bash that runs a file's lines."""
+    return f". {shlex.quote(str(path))} || exit 1"
+
+
+def preparation(site: SlurmSite, set_variables: Sequence[str]) -> list[str]:
+    """Lines of bash that a node needs before Tandem starts: modules, those that set its variables, and what the site wants."""
+    modules = [f"module load {shlex.quote(module)}" for module in site.modules]
+    return ["umask 077", *modules, *set_variables, *site.commands]
 
 
 def options(site: SlurmSite, request: JobRequest) -> list[str]:

@@ -9,13 +9,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
 import yaml
 
 from tandem.cluster.process import run_program
-from tandem.cluster.slurm.script import preparation
+from tandem.cluster.slurm.script import exports, preparation
 from tandem.cluster.ssh import SshConnection
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
@@ -26,7 +26,12 @@ STEP_S = 120.0
 INSTALL_S = 3600.0
 """Seconds for what is downloaded: packages or an image."""
 SOURCE_MARK = ".tandem-source"
-"""File with the commit that was copied, in a folder that `tandem slurm setup` has filled."""
+"""File with the commit that was copied (`copying COMMIT` until it is whole), in a folder that `tandem slurm setup` fills."""
+UNPACK_FOLDER = ".tandem-unpacked"
+"""Folder in it that a commit is unpacked into, before its files are moved to their places."""
+ARCHIVE = ".tandem-archive"
+MAKE_FOLDERS = 'for each; do mkdir -p "../$each" || exit 1; done'
+MOVE_FILES = 'for each; do mv -fT "$each" "../$each" || exit 1; done'
 URI = "://"
 
 
@@ -52,7 +57,12 @@ class SetupRequest:
 
     @property
     def command(self) -> str:
-        """The `tandem` command that the steps make: it sets TANDEM_HOME and loads the site's modules."""
+        """The `tandem` command that the steps make, as a shell reads it: it sets TANDEM_HOME and loads the site's modules."""
+        return shlex.quote(self.command_path)
+
+    @property
+    def command_path(self) -> str:
+        """Its path."""
         return f"{self.folder}/tandem"
 
 
@@ -72,29 +82,34 @@ def steps(site: SlurmSite, request: SetupRequest) -> list[Step]:
     """The steps after the project is in its folder, in order."""
     # Jobs load the modules in their batch scripts; what is installed needs the same Python.
     modules = [f"module load {shlex.quote(module)}" for module in site.modules]
-    wrapper = ["#!/bin/bash -l", *modules, f"export TANDEM_HOME={request.home}"]
-    wrapper += [f'exec {request.folder}/.venv/bin/python -m tandem "$@"']
+    folder, home_path = shlex.quote(request.folder), shlex.quote(request.home)
+    wrapper = ["#!/bin/bash -l", *modules, f"export TANDEM_HOME={home_path}"]
+    wrapper += [f'exec {shlex.quote(f"{request.folder}/.venv/bin/python")} -m tandem "$@"']
     home = Step(
         name=f"TANDEM_HOME, {request.home}",
-        is_done=f'[ "$(stat -c %a {request.home} 2>/dev/null)" = 700 ]',
-        command=f"mkdir -p {request.home} && chmod 700 {request.home}",
+        is_done=f'[ "$(stat -c %a {home_path} 2>/dev/null)" = 700 ]',
+        command=f"mkdir -p {home_path} && chmod 700 {home_path}",
     )
     if site.container is not None:
         return [*_image_steps(site, request), home]
     environment = Step(
         name=f"environment, {request.folder}/.venv ({request.lock} lock)",
-        is_done=f"make --question -C {request.folder} LOCK={request.lock} .venv/.ready-{request.lock} >/dev/null 2>&1",
-        command=f"make -C {request.folder} LOCK={request.lock} setup",
+        is_done=f"make --question -C {folder} LOCK={request.lock} .venv/.ready-{request.lock} >/dev/null 2>&1",
+        command=f"make -C {folder} LOCK={request.lock} setup",
         timeout_s=INSTALL_S,
     )
-    return [environment, home, _file_step(f"command, {request.command}", request.command, "\n".join(wrapper), 0o755)]
+    return [
+        environment,
+        home,
+        _file_step(f"command, {request.command_path}", request.command_path, "\n".join(wrapper), 0o755),
+    ]
 
 
 def site_step(values: Mapping[str, Any], request: SetupRequest) -> Step:
     """The site's config, for the jobs of this home; one that is there stays."""
     path = f"{request.home}/slurm.yaml"
     step = _file_step(f"site, {path}", path, site_lines(values), 0o600)
-    return replace(step, is_done=f"[ -e {path} ]")
+    return replace(step, is_done=f"[ -e {shlex.quote(path)} ]")
 
 
 def site_lines(values: Mapping[str, Any]) -> str:
@@ -122,11 +137,12 @@ def _image_steps(site: SlurmSite, request: SetupRequest) -> list[Step]:
 
 
 def _file_step(name: str, path: str, content: str, mode: int) -> Step:
-    text = shlex.quote(content)
+    text, new = shlex.quote(content), shlex.quote(f"{path}.new")
+    path = shlex.quote(path)
     return Step(
         name=name,
         is_done=f'[ "$(cat {path} 2>/dev/null)" = {text} ]',
-        command=f"printf '%s\\n' {text} > {path}.new && chmod {mode:o} {path}.new && mv {path}.new {path}",
+        command=f"printf '%s\\n' {text} > {new} && chmod {mode:o} {new} && mv {new} {path}",
     )
 
 
@@ -135,7 +151,12 @@ def run_step(step: Step, site: SlurmSite, ssh: SshConnection | None) -> bool:
 
     ClusterError with the end of its output if it fails.
     """
-    script = [*preparation(site, {}), f"if {step.is_done}; then exit {DONE_STATUS}; fi", "set -e", step.command]
+    script = [
+        *preparation(site, exports(site, {})),
+        f"if {step.is_done}; then exit {DONE_STATUS}; fi",
+        "set -e",
+        step.command,
+    ]
     status, output = bash("\n".join(script), ssh, timeout_s=step.timeout_s)
     if status not in (0, DONE_STATUS):
         raise ClusterError(f"The step `{step.name}` ended with status {status}:\n{output.strip()[-3000:]}")
@@ -147,25 +168,55 @@ def copy_project(root: Path, commit: str, request: SetupRequest, ssh: SshConnect
 
     A folder with files of another origin, such as a checkout of its own, stays as it is.
     """
-    folder, mark = request.folder, f"{request.folder}/{SOURCE_MARK}"
+    folder, mark = shlex.quote(request.folder), shlex.quote(f"{request.folder}/{SOURCE_MARK}")
     status, output = bash(f"mkdir -p {folder} && cat {mark} 2>/dev/null || ls -A {folder} | head -1", ssh)
     if status:
-        raise ClusterError(f"{folder} cannot be made on the login node: {output.strip()}")
+        raise ClusterError(f"{request.folder} cannot be made on the login node: {output.strip()}")
     if output.strip() == commit:
         return "is there"
     is_copy = bash(f"[ -e {mark} ]", ssh)[0] == 0
     if output.strip() and not is_copy:
         if bash(f"[ -e {folder}/Makefile ] && [ -d {folder}/requirements ]", ssh)[0]:
-            raise ClusterError(f"{folder} has files, and is no checkout of Tandem. Name an empty folder, or a new one.")
+            raise ClusterError(
+                f"{request.folder} has files, and is no checkout of Tandem. Name an empty folder, or a new one."
+            )
         return "is a checkout of its own, and stays as it is"
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "project.tar"
         git(root, "archive", "--format=tar", f"--output={path}", commit)
         with path.open("rb") as archive:
-            status, output = bash(f"tar -x -C {folder} && echo {commit} > {mark}", ssh, stdin=archive)
+            status, output = bash(_copy_lines(request.folder, commit, path.stat().st_size), ssh, stdin=archive)
     if status:
-        raise ClusterError(f"{root} could not be copied to {folder}: {output.strip()}")
+        raise ClusterError(f"{root} could not be copied to {request.folder}: {output.strip()}")
     return "copied"
+
+
+def _copy_lines(folder: str, commit: str, size: int) -> str:
+    """Bash that unpacks an archive of `size` bytes from its standard input into the folder.
+
+    A mark says that it has begun, then that it is done. The archive is unpacked beside the files, so that a connection
+    that is lost on the way changes none; then each file is renamed to its place.
+    """
+    mark = shlex.quote(f"{folder}/{SOURCE_MARK}")
+    unpacked = shlex.quote(f"{folder}/{UNPACK_FOLDER}")
+    lines = [
+        "set -e",
+        f"echo {shlex.quote(f'copying {commit}')} > {mark}",
+        f"rm -rf {unpacked}",
+        f"mkdir {unpacked}",
+        f"cd {unpacked}",
+        f"cat > ../{ARCHIVE}",
+        # tar takes an archive that ends between two files for a whole one.
+        f'[ "$(stat -c %s ../{ARCHIVE})" = {size} ] || {{ echo The archive did not arrive whole.; exit 1; }}',
+        f"tar -x -f ../{ARCHIVE}",
+        f"rm ../{ARCHIVE}",
+        # Folders first; files that are there and not in the archive stay.
+        f"find . -mindepth 1 -type d -exec sh -c {shlex.quote(MAKE_FOLDERS)} sh {{}} +",
+        f"find . -mindepth 1 ! -type d -exec sh -c {shlex.quote(MOVE_FILES)} sh {{}} +",
+        f"cd / && rm -rf {unpacked}",
+        f"echo {shlex.quote(commit)} > {mark}",
+    ]
+    return "\n".join(lines)
 
 
 def git(root: Path, *words: str) -> str:
@@ -180,9 +231,19 @@ def git(root: Path, *words: str) -> str:
 def bash(
     script: str, ssh: SshConnection | None, *, timeout_s: float = STEP_S, stdin: IO[bytes] | None = None
 ) -> tuple[int, str]:
-    """Exit status and output of a script on the login node (`ssh`; None: this machine)."""
+    """Exit status and output of a script on the login node (`ssh`; None: this machine).
+
+    The shell reads it from its standard input, since every user sees the words of commands; with `stdin`, which the script's
+    commands read then, it is one of the words.
+    """
     # A login shell over SSH: it defines `module`. The shell of a person who runs this on the login node has done so.
-    words = ["bash", "-c", script] if ssh is None else ssh.words(shlex.join(["bash", "--login", "-c", script]))
+    shell = ["bash"] if ssh is None else ["bash", "--login"]
+    shell += ["-s"] if stdin is None else ["-c", script]
+    words = shell if ssh is None else ssh.words(shlex.join(shell))
     hint = "Run the same command again: it goes on where it ended."
-    done = run_program(words, timeout_s=timeout_s, hint=hint, stdin=stdin)
+    with TemporaryFile() as lines:
+        # Read whole before it runs, so that none of its commands takes a part of it for its input.
+        lines.write(f"{{\n{script}\n}} </dev/null\n".encode())
+        lines.seek(0)
+        done = run_program(words, timeout_s=timeout_s, hint=hint, stdin=lines if stdin is None else stdin)
     return done.returncode, done.stdout + done.stderr
