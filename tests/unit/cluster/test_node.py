@@ -221,6 +221,9 @@ def test_a_node_that_ended_by_itself_is_started_again_until_it_is_stopped(
         marks.append(recorded_mark())
         assert processes_of(marks[-1], 1)
     assert len(set(marks)) == 3 and None not in marks
+    deadline = time.monotonic() + 10
+    while (folder / "node.log").read_text().count("has been started again") < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert (folder / "node.log").read_text().count("has been started again") == 2
     assert node.stop() == 1
     time.sleep(2.5)

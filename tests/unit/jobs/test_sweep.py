@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def test_trials_that_run_apart_are_compared_when_the_last_is_over(values: dict[s
     first, second, third = sweep.jobs()
     # What failed before the sweep was started again is not over.
     Journal(third.path / "events.jsonl").write(Failed(error="an earlier run"))
+    # Times of events are in milliseconds.
+    time.sleep(0.01)
     slurm_sweep.begin(sweep, at_once=2)
     assert waiting_trials(sweep) == [1, 2, 3] and finish_if_over(sweep) is None
     for job, loss in ((first, 2.0), (second, 1.0)):
