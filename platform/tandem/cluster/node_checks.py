@@ -66,19 +66,15 @@ def check_restart(arguments: Sequence[str]) -> None:
     A node that was drained ends by itself too; its cordon keeps it away. `ray start` would take minutes to miss a head.
     """
     names = {socket.gethostname(), option(arguments, "--node-ip-address")}
+    if (address := option(arguments, "--address")) is not None:
+        host, _, port = address.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0) as connection:
+                # The address that the head sees is the node's, unless it was told another one.
+                names.add(connection.getsockname()[0])
+        except OSError as error:
+            raise ClusterError(f"{address} cannot be reached ({error}).") from error
     if any(cordon.node in names for cordon in read_cordons()):
-        raise ClusterError("it is cordoned; `tandem cluster uncordon` lets it join again.")
-    address = option(arguments, "--address")
-    if address is None:
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0) as connection:
-            # The address that the head sees is the node's, unless it was told another one.
-            own = connection.getsockname()[0]
-    except OSError as error:
-        raise ClusterError(f"{address} cannot be reached ({error}).") from error
-    if any(cordon.node == own for cordon in read_cordons()):
         raise ClusterError("it is cordoned; `tandem cluster uncordon` lets it join again.")
 
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.cluster.health.cordons import cordoned_ids
+from tandem.cluster.health.cordons import placeable_nodes
 from tandem.errors import ClusterError
 from tandem.storage import disk_errors
 
@@ -24,9 +24,7 @@ def check_same_files(home: Path, folders: Sequence[Path] = ()) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
-    for cordoned in cordoned_ids():
-        nodes.pop(cordoned, None)
+    nodes = {node.id: node.address for node in placeable_nodes()}
     if len(set(nodes.values())) < 2:
         return
     word = secrets.token_hex(16)

@@ -97,9 +97,11 @@ class DirectoryClient:
         """
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             address = await self.locate()
-            if address.tls and self.tls is None:
-                raise ConnectionError("The directory speaks TLS, and this process has no certificate.")
-            context = await self.tls() if address.tls and self.tls is not None else None
+            context = None
+            if address.tls:
+                if self.tls is None:
+                    raise ConnectionError("The directory speaks TLS, and this process has no certificate.")
+                context = await self.tls()
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: Connection(limit),
                 address.host,

@@ -175,10 +175,15 @@ def placement_selector() -> dict[str, str]:
     return selector_without(kept_out)
 
 
-def placeable_resources() -> list[Mapping[str, float]]:
-    """Resources of each node of the connected cluster that is alive and not cordoned."""
+def placeable_nodes() -> list[ClusterNode]:
+    """The nodes of the connected cluster that are alive and not cordoned."""
     cordons = read_cordons()
-    return [node.resources or {} for node in cluster_nodes() if node.alive and cordon_of(node, cordons) is None]
+    return [node for node in cluster_nodes() if node.alive and cordon_of(node, cordons) is None]
+
+
+def placeable_resources() -> list[Mapping[str, float]]:
+    """Resources of each of these nodes."""
+    return [node.resources or {} for node in placeable_nodes()]
 
 
 def total(resources: Iterable[Mapping[str, float]]) -> dict[str, float]:

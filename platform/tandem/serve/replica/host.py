@@ -121,16 +121,13 @@ class EngineHost:
         self.url = f"{scheme}://{self._host}:{sock.getsockname()[1]}"
         config = uvicorn.Config(
             self._guard,
-            http=LimitedConnection,
             lifespan="auto",
             log_config=None,
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=5,
         )
-        config.load()
-        config.ssl = self._tls
-        self._server = _Server(config, ready)
+        self._server = _Server(config, ready, self._tls)
         await self._server.serve(sockets=[sock])
 
 
@@ -149,9 +146,10 @@ class LimitedConnection(HttpToolsProtocol):
 class _Server(uvicorn.Server):
     """A uvicorn server outside the main thread: it has no signal handlers, and calls `ready` when it listens."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], tls: ssl.SSLContext | None) -> None:
         super().__init__(config)
         self._ready = ready
+        self._tls = tls
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -160,13 +158,13 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn has no limit for the time of a TLS handshake, so it is given no sockets to listen on.
         await super().startup(sockets=[])
-        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        loop = asyncio.get_running_loop()
         for listening in sockets or ():
             server = await loop.create_server(
                 self._new_connection,
                 sock=listening,
-                ssl=tls,
-                ssl_handshake_timeout=None if tls is None else HANDSHAKE_S,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else HANDSHAKE_S,
                 backlog=self.config.backlog,
             )
             self.servers.append(server)
