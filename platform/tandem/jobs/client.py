@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import queue
@@ -12,10 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from tandem.cluster.dashboard import ask_dashboard
 from tandem.cluster.local import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobState, RunFolder
@@ -23,6 +25,10 @@ from tandem.observability.events import Event, Failed, Finished, Started, Stoppe
 from tandem.registry import Registry
 from tandem.settings import hub_offline, settings
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+T = TypeVar("T")
 _STATES = {
     "PENDING": JobState.PENDING,
     "RUNNING": JobState.RUNNING,
@@ -34,6 +40,9 @@ _STATES = {
 
 STOP_MARGIN_S = 10
 """Seconds for a stopped job's work beside the last checkpoint."""
+
+FIRST_ANSWER_S = 2.0
+"""Seconds until an address where nobody answers is said to be wrong."""
 
 MAX_RESUBMISSIONS = 3
 """Times that a client that follows a job submits it again after its driver was lost."""
@@ -48,9 +57,14 @@ class JobClient:
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         self.cluster = cluster
         try:
-            self._ray = JobSubmissionClient(cluster.dashboard_url)
-        except (ConnectionError, RuntimeError) as error:
+            self._ray = ask_dashboard(
+                cluster.dashboard_url, lambda: JobSubmissionClient(cluster.dashboard_url), FIRST_ANSWER_S
+            )
+        except RuntimeError as error:
             raise ClusterError(f"The cluster at {cluster.dashboard_url} takes no jobs: {error}") from error
+
+    def _ask(self, request: Callable[[], T]) -> T:
+        return ask_dashboard(self.cluster.dashboard_url, request)
 
     def submit(self, job: RunFolder) -> str:
         """Submit a prepared job or sweep, unless it runs already; returns the id of the submission."""
@@ -74,17 +88,27 @@ class JobClient:
         if not self.cluster.local:
             # A cluster of other machines may lack Tandem, or have another version.
             runtime_env["py_modules"] = [str(Path(__file__).parents[1])]
-        self._ray.submit_job(
-            entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
-            submission_id=submission,
-            runtime_env=runtime_env,
-            metadata={"tandem_job": job.id},
-        )
+        calls = itertools.count()
+
+        def submit() -> None:
+            if next(calls) and self._state(submission) is not None:
+                return  # the call before this one was received, and its answer lost
+            self._ray.submit_job(
+                entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
+                submission_id=submission,
+                runtime_env=runtime_env,
+                metadata={"tandem_job": job.id},
+            )
+
+        self._ask(submit)
         job.add_submission(submission, self.cluster.dashboard_url)
         return submission
 
     def state(self, submission: str) -> JobState | None:
         """State of a submission on the cluster; None if the cluster does not know it."""
+        return self._ask(lambda: self._state(submission))
+
+    def _state(self, submission: str) -> JobState | None:
         try:
             return _STATES[str(self._ray.get_job_status(submission).value)]
         except RuntimeError:
@@ -93,7 +117,7 @@ class JobClient:
     def log_lines(self, submission: str) -> Iterator[str]:
         """The log so far, line by line."""
         try:
-            yield from self._ray.get_job_logs(submission).splitlines()
+            yield from self._ask(lambda: self._ray.get_job_logs(submission)).splitlines()
         except RuntimeError as error:
             raise JobError(f"The cluster at {self.cluster.dashboard_url} has no log of {submission}.") from error
 
@@ -137,7 +161,7 @@ class JobClient:
             return False
         # A driver that ends by itself, or on request, has written an event.
         last_event: Event | None = job.last(Started, Finished, Failed, Stopped)
-        code = self._ray.get_job_info(submission).driver_exit_code
+        code = self._info(submission).driver_exit_code
         killed = code is None or code < 0 or code == 128 + signal.SIGKILL
         return killed and (
             last_event is None
@@ -167,7 +191,7 @@ class JobClient:
 
     def busy(self) -> bool:
         """Whether any job is pending or running."""
-        return any(not _STATES[str(info.status.value)].over for info in self._ray.list_jobs())
+        return any(not _STATES[str(info.status.value)].over for info in self._ask(self._ray.list_jobs))
 
     def exit_status(self, submission: str) -> int:
         """Exit status of a submission that has ended: the driver's, or 130 if it was stopped."""
@@ -176,12 +200,15 @@ class JobClient:
             return 0
         if state is JobState.STOPPED:
             return 130
-        info = self._ray.get_job_info(submission)
+        info = self._info(submission)
         return int(info.driver_exit_code or 1)
 
     def message(self, submission: str) -> str:
         """Ray's message about the end of a submission."""
-        return str(self._ray.get_job_info(submission).message or "")
+        return str(self._info(submission).message or "")
+
+    def _info(self, submission: str) -> JobDetails:
+        return self._ask(lambda: self._ray.get_job_info(submission))
 
     def running(self, job: RunFolder) -> str | None:
         """Id of a job's newest submission, if it has not ended on this cluster."""
@@ -193,7 +220,7 @@ class JobClient:
     def stop(self, submission: str, *, timeout_s: float = 30.0) -> JobState | None:
         """Stop a submission, and wait up to `timeout_s` until it has ended."""
         with contextlib.suppress(RuntimeError):
-            self._ray.stop_job(submission)
+            self._ask(lambda: self._ray.stop_job(submission))
         deadline = time.monotonic() + timeout_s
         while (state := self.state(submission)) and not state.over and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tandem.auth import KeyStore
+from tandem.cluster.dashboard import ask_dashboard
 from tandem.cluster.local import Cluster
 from tandem.cluster.machine import port_holder
 from tandem.cluster.tls import absolute
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 CPUS = 8
 """Logical CPUs of a local cluster."""
-DASHBOARD_S = 15.0
-"""Seconds for which a dashboard that does not answer is asked again."""
 WILDCARDS = ("0.0.0.0", "::", "*")  # noqa: S104 - compared with, not bound to
 """Addresses that mean all of a machine's."""
 
@@ -136,14 +134,9 @@ def serve_details(cluster: Cluster) -> dict[str, Any]:
     """What runs on a cluster, as Serve's own REST API tells it; ClusterError if the dashboard does not answer."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    deadline = time.monotonic() + DASHBOARD_S
-    while True:
-        try:
-            return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
-        except OSError as error:  # also those of `requests`: a dashboard that has just started closes connections
-            if time.monotonic() > deadline:
-                raise ClusterError(f"Ray's dashboard at {cluster.dashboard_url} does not answer: {error}.") from error
-            time.sleep(0.5)
+    return dict(
+        ask_dashboard(cluster.dashboard_url, lambda: ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+    )
 
 
 def check_not_served(details: dict[str, Any], config: ServeConfig, cluster: Cluster | None = None) -> None:
