@@ -68,9 +68,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 INDEPENDENT = frozenset(
     f"tests/integration/test_{name}.py"
     for name in (
-        "adapter_sources", "batch_s3", "checkpoint_s3", "cluster", "container_start", "deepspeed", "engines", "killed_saves",
-        "node_health", "objectives_world", "parity", "private_files", "quickstart", "resume_layouts", "serve_config",
-        "serve_tls", "sharded_import", "train_world",
+        "adapter_sources", "batch_s3", "checkpoint_s3", "cluster", "container_start", "deepspeed", "engines", "exports_s3",
+        "killed_saves", "node_health", "objectives_world", "parity", "private_files", "quickstart", "resume_layouts",
+        "serve_config", "serve_tls", "sharded_import", "train_world",
     )
 )  # fmt: skip
 """Integration tests that start all they need themselves. The others share a Ray cluster, an app and an engine."""

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -91,11 +91,11 @@ def check_writable(location: Location) -> None:
     """Raise StorageError unless files can be written below `location`; a local folder is made."""
     files, probe = file_system(location), join(location, f".probe-{uuid.uuid4().hex[:8]}")
     if isinstance(location, Path):
-        with disk_errors("looking for a place for checkpoints", location):
+        with disk_errors("making a folder", location):
             try:
                 location.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
-                raise StorageError(f"{location} is a file. Checkpoints need a folder there: remove it.") from None
+                raise StorageError(f"{location} is a file, and a folder is needed there: remove it.") from None
         return
     try:
         files.pipe_file(str(probe), b"tandem")
@@ -105,6 +105,21 @@ def check_writable(location: Location) -> None:
             f"Nothing can be written below {location}: {type(error).__name__}: {error}. Check that the bucket exists and that "
             "its credentials are in the environment of every node."
         ) from error
+
+
+def upload_folder(folder: Path, target: Location, *, last: Iterable[str] = ()) -> None:
+    """Copy the files of a folder to a path or URI, replacing what is there; those named in `last` come last.
+
+    A reader that needs these files sees no copy before it is whole. Raises StorageError.
+    """
+    files, names = file_system(target), sorted(path.name for path in folder.iterdir() if path.is_file())
+    with store_errors(target, "written"):
+        files.makedirs(str(target), exist_ok=True)
+        for name in last:
+            if files.exists(old := str(join(target, name))):
+                files.rm_file(old)
+        for name in sorted(names, key=lambda name: name in last):
+            files.put_file(str(folder / name), str(join(target, name)))
 
 
 def local_path(uri: str | Path) -> Path:

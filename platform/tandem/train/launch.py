@@ -40,7 +40,7 @@ from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
-from tandem.storage import check_writable, disk_errors
+from tandem.storage import check_writable, disk_errors, located
 from tandem.train.parallel.deepspeed import check_deepspeed
 from tandem.train.registration import Origin, RegisteredResult, ResultRegistration, job_base, last_evaluation
 from tandem.train.reporting.metrics import metrics_of
@@ -188,6 +188,8 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTa
     # Before `check_writable` makes the folder: a missing one may be storage that is away.
     wait_for_storage(root, journal, config.faults.storage_retry_s)
     check_writable(root)
+    if config.export_to is not None:
+        check_writable(located(config.export_to))
     connect(config)
     # Raises before a worker starts if the data has no row with loss.
     stream = open_stream(split.training, encoder, config.data, workers=config.parallel.data, seed=config.seed)

@@ -13,6 +13,7 @@ from tandem.ids import digest
 from tandem.observability.events import Evaluated, Exported, RegistrationFailed
 from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
+from tandem.storage import Location, join, located, upload_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,12 @@ def job_base(config: TrainConfig) -> BaseRef | None:
 def register_result(
     config: TrainConfig, job: Path, origin: Origin, *, loss: float | None, evaluation: Mapping[str, float] | None
 ) -> RegisteredResult:
-    """Put the export of a job into the registry under the config's name, with its lineage.
+    """Put the export of a job into the registry under the config's name, with its lineage; copied before to `export_to`.
 
-    Registering the same files again gives the same id. Raises RegistryError.
+    Registering the same files again gives the same id. Raises RegistryError or StorageError.
     """
     registry, folder, base = Registry.open(), job / "export", origin.base
+    copy = copy_result(config, job)
     lineage = {
         "job": job.name,
         "dataset": origin.dataset,
@@ -62,6 +64,8 @@ def register_result(
         "loss": loss,
         "evaluation": evaluation,
     }
+    if copy is not None:
+        lineage["copy"] = str(copy)
     if base is not None and base.record and base.record.commit:
         lineage["base_commit"] = f"{base.record.lineage['hub']} {base.record.commit}"
     if base is not None and config.lora is None:
@@ -73,8 +77,18 @@ def register_result(
         base_id = base.id
         if not base.record:
             base_id = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
-        record = registry.register_adapter(config.name, folder, base=base_id, lineage=lineage)
-    return RegisteredResult(model=record.id, base=record.base, path=str(record.path), dora=record.dora)
+        record = registry.register_adapter(config.name, copy or folder, base=base_id, lineage=lineage)
+    return RegisteredResult(model=record.id, base=record.base, path=record.location, dora=record.dora)
+
+
+def copy_result(config: TrainConfig, job: Path) -> Location | None:
+    """The place of the export's copy below `export_to`, made now; None if that is not set. Raises StorageError."""
+    if config.export_to is None:
+        return None
+    target = join(located(config.export_to), job.name)
+    # Without these files, a folder is taken for no model and no adapter.
+    upload_folder(job / "export", target, last=("config.json", "adapter_config.json"))
+    return target
 
 
 class ResultRegistration:
@@ -99,7 +113,7 @@ class ResultRegistration:
     def finish(self, exported: Exported) -> RegisteredResult:
         """The registered result; registers it unless `on_exported` has."""
         if not self._config.register:
-            return RegisteredResult(path=str(self._job / "export"))
+            return RegisteredResult(path=str(copy_result(self._config, self._job) or self._job / "export"))
         if self._result is None:
             self._result = register_result(
                 self._config,

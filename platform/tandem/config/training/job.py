@@ -18,6 +18,15 @@ from tandem.ids import check_name
 from tandem.storage import is_remote
 
 
+def _check_location(key: str, path: str | None) -> None:
+    """ConfigError for a relative path: workers run in folders of their own."""
+    if path is not None and not is_remote(path) and not path.startswith(("/", "~", "file://")):
+        raise ConfigError(
+            f"{key} is {path!r}, which is relative, and workers run in folders of their own. Give an absolute path, or a URI "
+            "such as s3://bucket/runs."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """Checkpoints: interval, retention, location."""
@@ -39,11 +48,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check.at_least("checkpoint.every_steps", self.every_steps, 0)
         check.at_least("checkpoint.keep", self.keep, 1)
-        if self.path is not None and not is_remote(self.path) and not self.path.startswith(("/", "~", "file://")):
-            raise ConfigError(
-                f"checkpoint.path is {self.path!r}, which is relative, and workers run in folders of their own. Give an absolute "
-                "path, or a URI such as s3://bucket/runs."
-            )
+        _check_location("checkpoint.path", self.path)
         check.at_least("checkpoint.max_failures", self.max_failures, 0)
 
 
@@ -93,9 +98,13 @@ class TrainConfig:
     """Sinks of these reports beside the job's journal and TensorBoard."""
     register: bool = True
     """Register the result under `name`; if false it stays in the job's folder, as for a sweep's trials."""
+    export_to: str | None = None
+    """Folder or URI, such as s3://bucket/models, to which the result is copied when it is exported, in a subfolder for each job.
+    An adapter is then registered from there."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        _check_location("export_to", self.export_to)
         check.one_of("objective", self.objective, ("next_token", "dpo"))
         check.one_of("precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
         check.one_of("recompute", self.recompute, ("none", "selective", "full"))
