@@ -124,12 +124,18 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
         data={"path": str(home / "data" / "pairs"), "sequence_length": 48},
         model={"base": "base"},
         lora={"rank": 4},
+        checkpoint={"every_steps": 4, "exports": 2},
     )
     status, found = driver.end()
     assert status == 0, "".join(driver.lines[-40:])
     assert found[0]["trainable"] < found[0]["parameters"] and found[0]["kind"] == "sft"
-    record = Registry(f"sqlite:///{home}/tandem.db").resolve("tuned")
+    registry = Registry(f"sqlite:///{home}/tandem.db")
+    record = registry.resolve("tuned")
     assert (record.kind, record.base, record.rank) == ("adapter", base, 4)
+    # Its checkpoints are versions before it.
+    assert record.id == "tuned@3" and [v.lineage["steps"] for v in registry.versions("tuned")] == [4, 8, 10]
+    checkpoint = registry.resolve("tuned@2")
+    assert checkpoint.lineage["loss"] > record.lineage["loss"] and checkpoint.digest != record.digest
     assert json.loads((record.path / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "jobs" / "base" / "export"), record.path)
 

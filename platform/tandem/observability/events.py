@@ -95,6 +95,28 @@ class CheckpointSaved(Event, name="checkpoint"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointExported(Event, name="checkpoint_exported"):
+    """The weights of a checkpoint's step are exported."""
+
+    step: int
+    path: str
+    """Folder, in Hugging Face's or peft's format."""
+    loss: float | None = None
+    """Of the last step that was reported."""
+    evaluation: Mapping[str, float] | None = None
+    """Numbers of an evaluation at this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRegistered(Event, name="checkpoint_registered"):
+    """An exported checkpoint can be requested by its id."""
+
+    step: int
+    model: str
+    """Id in the registry."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FaultDetected(Event, name="fault"):
     """An attempt to run the workers, or the driver, ended unexpectedly."""
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tandem.observability.codec import decode, from_json, to_json
 from tandem.observability.events import (
+    CheckpointRegistered,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -172,6 +173,8 @@ def event_sentence(event: Event) -> str | None:
             return f"[yellow]{escape(event.reason)}[/]"
         case Notice():
             return f"[yellow]{escape(event.message)}[/]"
+        case CheckpointRegistered():
+            return f"step {event.step} can be requested as [bold]{escape(event.model)}[/]"
         case RegistrationFailed():
             return f"[yellow]not registered[/]: {escape(event.error)}"
         case Finished():

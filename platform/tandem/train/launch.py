@@ -129,7 +129,14 @@ def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None
         return
     task, registration.origin = _prepare(config, job, journal)
     with metrics_of(config, job, earlier_events=earlier_events, notice=journal.notice) as metrics:
-        exported = run_workers(task, journal, metrics, stop_request, on_exported=registration.on_exported)
+        exported = run_workers(
+            task,
+            journal,
+            metrics,
+            stop_request,
+            on_exported=registration.on_exported,
+            on_checkpoint_exported=registration.on_checkpoint_exported,
+        )
     result = registration.finish(exported)
     plot_run(journal.read(), job / "loss.png", title=config.name)
     journal.write(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tandem.config import TrainConfig, to_dict
 from tandem.data.index import find_parts, parts_digest
-from tandem.errors import TandemError
+from tandem.errors import RegistryError, TandemError
 from tandem.ids import digest
-from tandem.observability.events import Evaluated, Exported, RegistrationFailed
+from tandem.observability.events import (
+    CheckpointExported,
+    CheckpointRegistered,
+    Evaluated,
+    Exported,
+    RegistrationFailed,
+)
 from tandem.observability.journal import Journal
-from tandem.registry import BaseRef, Registry, find_base
+from tandem.registry import BaseRef, ModelRecord, Registry, find_base
 from tandem.storage import Location, join, located, upload_folder
 
 
@@ -54,31 +63,62 @@ def register_result(
 
     Registering the same files again gives the same id. Raises RegistryError or StorageError.
     """
-    registry, folder, base = Registry.open(), job / "export", origin.base
     copy = copy_result(config, job)
-    lineage = {
+    lineage = lineage_of(config, job, origin, config.steps, loss, evaluation)
+    if copy is not None:
+        lineage["copy"] = str(copy)
+    record = _register(config, job / "export", copy, origin.base, lineage, promote=True)
+    return RegisteredResult(model=record.id, base=record.base, path=record.location, dora=record.dora)
+
+
+def register_checkpoint(config: TrainConfig, job: Path, origin: Origin, exported: CheckpointExported) -> ModelRecord:
+    """Put an exported checkpoint into the registry as a version that is called by its id only. Raises RegistryError."""
+    lineage = lineage_of(config, job, origin, exported.step, exported.loss, exported.evaluation)
+    return _register(config, Path(exported.path), None, origin.base, lineage | {"checkpoint": True}, promote=False)
+
+
+def lineage_of(
+    config: TrainConfig,
+    job: Path,
+    origin: Origin,
+    steps: int,
+    loss: float | None,
+    evaluation: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """The lineage of weights after `steps` steps of a job."""
+    base = origin.base
+    lineage: dict[str, Any] = {
         "job": job.name,
         "dataset": origin.dataset,
         "config": digest(to_dict(config)),
-        "steps": config.steps,
+        "steps": steps,
         "loss": loss,
         "evaluation": evaluation,
     }
-    if copy is not None:
-        lineage["copy"] = str(copy)
     if base is not None and base.record and base.record.commit:
         lineage["base_commit"] = f"{base.record.lineage['hub']} {base.record.commit}"
     if base is not None and config.lora is None:
         lineage["base"] = base.id  # of an adapter it is a column of its own
+    return lineage
+
+
+def _register(
+    config: TrainConfig,
+    folder: Path,
+    copy: Location | None,
+    base: BaseRef | None,
+    lineage: Mapping[str, Any],
+    *,
+    promote: bool,
+) -> ModelRecord:
+    registry = Registry.open()
     if config.lora is None:
-        record = registry.register_model(config.name, folder, lineage=lineage)
-    else:
-        assert base is not None, "TrainConfig refuses lora without a base"
-        base_id = base.id
-        if not base.record:
-            base_id = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
-        record = registry.register_adapter(config.name, copy or folder, base=base_id, lineage=lineage)
-    return RegisteredResult(model=record.id, base=record.base, path=record.location, dora=record.dora)
+        return registry.register_model(config.name, folder, lineage=lineage, promote=promote)
+    assert base is not None, "TrainConfig refuses lora without a base"
+    base_id = base.id
+    if not base.record:
+        base_id = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
+    return registry.register_adapter(config.name, copy or folder, base=base_id, lineage=lineage, promote=promote)
 
 
 def copy_result(config: TrainConfig, job: Path) -> Location | None:
@@ -110,6 +150,19 @@ class ResultRegistration:
         except (TandemError, OSError) as error:
             self._journal.write(RegistrationFailed(error=f"{error} It is tried again when the run has ended."))
 
+    def on_checkpoint_exported(self, exported: CheckpointExported) -> None:
+        """Register a checkpoint, and remove those that `checkpoint.exports` newer ones follow. Raises nothing."""
+        if not self._config.register:
+            return
+        try:
+            origin = self.origin or Origin.of(self._config)
+            record = register_checkpoint(self._config, self._job, origin, exported)
+        except (TandemError, OSError) as error:
+            self._journal.write(RegistrationFailed(error=f"The checkpoint of step {exported.step}: {error}"))
+            return
+        self._journal.write(CheckpointRegistered(step=exported.step, model=record.id))
+        remove_old_checkpoints(record.name, self._job, keep=self._config.checkpoint.exports)
+
     def finish(self, exported: Exported) -> RegisteredResult:
         """The registered result; registers it unless `on_exported` has."""
         if not self._config.register:
@@ -123,6 +176,26 @@ class ResultRegistration:
                 evaluation=last_evaluation(self._journal),
             )
         return self._result
+
+
+def remove_old_checkpoints(name: str, job: Path, *, keep: int) -> None:
+    """Remove a job's registered checkpoints, with their files, but the newest `keep`; one that an adapter is based on stays."""
+    registry = Registry.open()
+    # By step: after a restart, a step that is computed again has a newer version with the same folder.
+    by_step: dict[int, list[ModelRecord]] = {}
+    for record in registry.versions(name):
+        if record.lineage.get("job") == job.name and record.lineage.get("checkpoint"):
+            by_step.setdefault(record.lineage["steps"], []).append(record)
+    newest_steps = sorted(by_step)[-keep:]
+    for step, records in by_step.items():
+        kept = [max(records, key=lambda record: record.version)] if step in newest_steps else []
+        for record in records:
+            if record in kept:
+                continue
+            with contextlib.suppress(RegistryError):
+                registry.remove(record.id)
+                if not kept:
+                    shutil.rmtree(record.path, ignore_errors=True)
 
 
 def last_evaluation(journal: Journal) -> Mapping[str, float] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tandem.data.stream import StreamRows, rows_consumed
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError
 from tandem.observability.events import (
+    CheckpointExported,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -52,6 +54,9 @@ from tandem.train.parallel.sharded_load import build_empty_model, load_weights, 
 from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
 from tandem.train.reporting.flops import MfuMeter
 from tandem.train.task import WorkerTask
+
+CHECKPOINT_EXPORTS = "exports"
+"""Folder of a job with the exports of its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +337,19 @@ class TrainingRun:
             extra=self._extra_state(),
             on_commit=lambda path: self.context.emit(CheckpointSaved(step=saved.step, path=str(path))),
         )
+        # At the last step the result itself is exported.
+        if self.config.checkpoint.exports and state.step < self.config.steps:
+            self._export_checkpoint(state.step, evaluated if step == state.step else None)
+
+    def _export_checkpoint(self, step: int, evaluation: Mapping[str, float] | None) -> None:
+        """Export the weights of this step to a folder of its own. A full disk ends no run: the next checkpoint tries again."""
+        folder = self.task.job / CHECKPOINT_EXPORTS / f"step-{step:08d}"
+        try:
+            self._export_to(folder)
+        except StorageError as error:
+            self._notify(f"The checkpoint of step {step} could not be exported: {error}")
+            return
+        self.context.emit(CheckpointExported(step=step, path=str(folder), loss=self._last_loss, evaluation=evaluation))
 
     def _averaged_weights(self) -> AbstractContextManager[None]:
         return self.ema.swapped(self.model) if self.ema is not None else contextlib.nullcontext()
@@ -341,13 +359,12 @@ class TrainingRun:
     def export(self) -> None:
         """Write the weights, or their average, to the job's folder in Hugging Face or peft format."""
         self.context.hooks.on_phase("export", self.state.step)
+        self._export_to(self.task.job / "export")
+
+    def _export_to(self, folder: Path) -> None:
+        """Write the weights, or their average, to a folder; returns on every rank when it is there."""
         with self._averaged_weights():
-            export(
-                self.model.whole,
-                self.model.weights(),
-                self.task.job / "export",
-                extra_files=tokenizer_files(self.task.tokenizer),
-            )
+            export(self.model.whole, self.model.weights(), folder, extra_files=tokenizer_files(self.task.tokenizer))
         if dist.is_initialized():
             dist.barrier()
 

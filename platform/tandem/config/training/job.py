@@ -44,12 +44,16 @@ class CheckpointConfig:
     """Write in the background while training continues, from a copy in the CPU's memory."""
     max_failures: int = 3
     """Failures in a row without a new checkpoint that a run survives."""
+    exports: int = 0
+    """Newest checkpoints that are also exported and registered: versions that requests reach by id, `name@3`, while the run goes
+    on. Training waits while one is exported."""
 
     def __post_init__(self) -> None:
         check.at_least("checkpoint.every_steps", self.every_steps, 0)
         check.at_least("checkpoint.keep", self.keep, 1)
         _check_location("checkpoint.path", self.path)
         check.at_least("checkpoint.max_failures", self.max_failures, 0)
+        check.at_least("checkpoint.exports", self.exports, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

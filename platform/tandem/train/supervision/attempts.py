@@ -23,7 +23,7 @@ from tandem.checkpoint import folders
 from tandem.cluster.health.cordons import placement_selector
 from tandem.config import TrainConfig, with_workers, worker_counts
 from tandem.data.stream import rows_consumed
-from tandem.observability.events import Exported, FaultDetected, Notice, RolledBack
+from tandem.observability.events import CheckpointExported, Exported, FaultDetected, Notice, RolledBack
 from tandem.observability.journal import Journal
 from tandem.train.reporting.metrics import Metrics
 from tandem.train.storage_retry import wait_for_storage
@@ -56,8 +56,9 @@ def run_workers(
     stop_request: StopRequest | None = None,
     *,
     on_exported: Callable[[Exported], None] = lambda exported: None,
+    on_checkpoint_exported: Callable[[CheckpointExported], None] = lambda exported: None,
 ) -> Exported:
-    """Run the workers until they have exported the result. `on_exported`: see `Supervision`.
+    """Run the workers until they have exported the result. `on_exported`, `on_checkpoint_exported`: see `Supervision`.
 
     Raises errors that another attempt would meet again, JobError after too many faults without a new checkpoint, and JobStopped
     after `stop_request`.
@@ -65,7 +66,13 @@ def run_workers(
     # Not `or`: a StopRequest is false until it is set.
     stop_request = StopRequest() if stop_request is None else stop_request
     recorder = EventRecorder(journal, metrics)
-    supervision = Supervision(config=task.config, recorder=recorder, stop_request=stop_request, on_exported=on_exported)
+    supervision = Supervision(
+        config=task.config,
+        recorder=recorder,
+        stop_request=stop_request,
+        on_exported=on_exported,
+        on_checkpoint_exported=on_checkpoint_exported,
+    )
     history = RunHistory.of(task.config, journal.read())
     while True:
         outcome = run_attempt(_next_task(task, history, restarted=recorder.starts > 0), supervision)

@@ -13,7 +13,15 @@ import ray
 import ray.exceptions
 
 from tandem.config import TrainConfig
-from tandem.observability.events import Event, Exported, HangDetected, Notice, SlowRank, WorkersStopped
+from tandem.observability.events import (
+    CheckpointExported,
+    Event,
+    Exported,
+    HangDetected,
+    Notice,
+    SlowRank,
+    WorkersStopped,
+)
 from tandem.train.supervision import health
 from tandem.train.supervision.capacity import current_nodes, max_workers, workers_by_node
 from tandem.train.supervision.commands import Command, DumpStacks, SaveCheckpoint, StopTraining
@@ -37,6 +45,8 @@ class Supervision:
     stop_request: StopRequest
     on_exported: Callable[[Exported], None]
     """Called in the watcher's thread when the export is complete: workers take some seconds more to end."""
+    on_checkpoint_exported: Callable[[CheckpointExported], None]
+    """Called in the watcher's thread when a checkpoint is exported."""
 
 
 class Watcher(threading.Thread):
@@ -101,6 +111,9 @@ class Watcher(threading.Thread):
             case Exported():
                 self.exported = event
                 self._supervision.on_exported(event)
+            case CheckpointExported():
+                self._supervision.recorder.record(event)
+                self._supervision.on_checkpoint_exported(event)
             case WorkersStopped(spike=None):
                 self.stopped = StoppedEarly(step=event.step, reason=self._stop_reason or "asked to")
             case WorkersStopped():
