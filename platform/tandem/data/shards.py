@@ -96,5 +96,7 @@ def decode_json(data: bytes) -> Pair | Chat | Preference:
     if "messages" in value:
         return Chat(tuple(Message(**message) for message in value["messages"]))
     if "chosen" in value:
-        return Preference(value["prompt"], value["chosen"], value["rejected"])
+        prompt = value["prompt"]
+        turns = prompt if isinstance(prompt, str) else tuple(Message(**message) for message in prompt)
+        return Preference(turns, value["chosen"], value["rejected"])
     return Pair(value["prompt"], value["answer"])

@@ -57,7 +57,11 @@ class PackSpec:
                 documents = encoder.chats(chats, loss_on_all=self.loss_on_all)
                 return pack(documents, length, encoder.pad_id, split=False)
             case "preferences":
-                preferences = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]
+                preferences = [
+                    ([asdict(turn) for turn in s.turns], s.chosen, s.rejected)
+                    for s in samples
+                    if isinstance(s, Preference)
+                ]
                 return pack_preferences(encoder.preferences(preferences), length, encoder.pad_id)
 
 

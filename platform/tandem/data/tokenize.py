@@ -200,14 +200,8 @@ class TextEncoder:
         turns = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self.render(messages[:number], add_generation_prompt=True)
-                prompt_and_answer = self.render(messages[: number + 1])
-                if not prompt_and_answer.startswith(prompt):
-                    raise DataError(
-                        f"The chat template in {self.folder} writes the question differently once it is answered, so the "
-                        "answer's tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
-                    )
-                turns.append((prompt, prompt_and_answer))
+                prompt, answer = self._turn(messages[:number], message["content"])
+                turns.append((prompt, prompt + answer))
         if any(not following.startswith(previous) for (_, previous), (following, _) in itertools.pairwise(turns)):
             return [[(prompt, False), (prompt_and_answer[len(prompt) :], True)] for prompt, prompt_and_answer in turns]
         pieces, end = list[tuple[str, bool]](), 0
@@ -216,11 +210,31 @@ class TextEncoder:
             end = len(prompt_and_answer)
         return [pieces]
 
-    def preferences(self, samples: list[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
-        """Chats of a prompt with its chosen and with its rejected answer; loss on the answers and their end tokens."""
-        chosen = self.pairs([(prompt, answer) for prompt, answer, _ in samples])
-        rejected = self.pairs([(prompt, answer) for prompt, _, answer in samples])
+    def preferences(self, samples: list[tuple[list[dict[str, str]], str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
+        """Chats that end with the chosen and with the rejected answer; loss on these answers and their end tokens."""
+        chosen = self._answers([(turns, answer) for turns, answer, _ in samples])
+        rejected = self._answers([(turns, answer) for turns, _, answer in samples])
         return zip(chosen, rejected, strict=True)
+
+    def _answers(self, samples: list[tuple[list[dict[str, str]], str]]) -> Iterator[Encoded]:
+        """Chats with loss on their last answer only."""
+        pieces = [piece for turns, answer in samples for piece in self._turn(turns, answer)]
+        encodings = iter(self.tokenizer.encode_batch(pieces, add_special_tokens=False))
+        for prompt in encodings:
+            answer_ids = next(encodings).ids
+            targets = [False] * len(prompt.ids) + [True] * len(answer_ids)
+            yield Encoded([*prompt.ids, *answer_ids], targets)
+
+    def _turn(self, turns: list[dict[str, str]], answer: str) -> tuple[str, str]:
+        """What a chat is as text before an answer, and the answer with its end token; DataError if they cannot be told apart."""
+        prompt = self.render(turns, add_generation_prompt=True)
+        prompt_and_answer = self.render([*turns, {"role": "assistant", "content": answer}])
+        if not prompt_and_answer.startswith(prompt):
+            raise DataError(
+                f"The chat template in {self.folder} writes the question differently once it is answered, so the answer's "
+                "tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
+            )
+        return prompt, prompt_and_answer[len(prompt) :]
 
     @cached_property
     def _template(self) -> jinja2.Template:

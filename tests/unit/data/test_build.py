@@ -51,6 +51,31 @@ def test_preferences_are_written_and_read_back(tmp_path: Path):
     assert [json.loads(sample["json"]) for sample in samples] == lines
 
 
+def test_preferences_of_openais_format_keep_their_chats(tmp_path: Path):
+    from tandem.data.shards import read_samples
+    from tandem.data.sources.samples import Message, Preference
+
+    line = {
+        "input": {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]},
+        "preferred_output": [{"role": "assistant", "content": "That."}],
+        "non_preferred_output": [{"role": "assistant", "content": "I am not sure, but maybe that."}],
+    }
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    built = build_dataset(str(tmp_path / "p.jsonl"), tmp_path / "data", vocab_size=300)
+    turns = (Message("system", "Be brief."), Message("user", "What?"))
+    assert list(read_samples(built.shard_paths(tmp_path / "data"))) == [
+        Preference(turns, "That.", "I am not sure, but maybe that.")
+    ]
+    for broken, message in (
+        ({**line, "input": {}}, "line 1: 'input' of a preference must be an object with messages"),
+        ({**line, "preferred_output": []}, "line 1: 'input' is empty"),
+        ({**line, "preferred_output": line["input"]["messages"]}, "outputs of one message of the assistant"),  # type: ignore[index]
+    ):
+        (tmp_path / "broken.jsonl").write_text(json.dumps(broken) + "\n")
+        with pytest.raises(DataError, match=message):
+            build_dataset(str(tmp_path / "broken.jsonl"), tmp_path / "other", vocab_size=300)
+
+
 def test_the_same_corpus_gives_the_same_digest_and_another_another(tmp_path: Path, pairs: str):
     first, second = (build_dataset(pairs, tmp_path / name, vocab_size=300) for name in "ab")
     assert (first.digest, first.tokenizer_digest) == (second.digest, second.tokenizer_digest)

@@ -55,7 +55,10 @@ def test_a_shard_becomes_its_rows_and_nothing_of_another(folder: Path):
         samples = read_samples([Path(texts.paths[shard])])
         expected = pack(encoder.texts([s.text for s in samples]), LENGTH, encoder.pad_id, split=True)  # type: ignore[union-attr]
         np.testing.assert_array_equal(rows, expected)
-    found = [(s.prompt, s.chosen, s.rejected) for s in read_samples([Path(liked.paths[0])])]  # type: ignore[union-attr]
+    found = [
+        ([{"role": "user", "content": s.prompt}], s.chosen, s.rejected)  # type: ignore[union-attr]
+        for s in read_samples([Path(liked.paths[0])])
+    ]
     encoder = liked.spec.encoder
     np.testing.assert_array_equal(second, pack_preferences(encoder.preferences(found), LENGTH, encoder.pad_id))
     assert second.shape[1:] == (6, LENGTH) and len(second)

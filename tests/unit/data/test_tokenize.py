@@ -56,9 +56,24 @@ def test_only_the_answer_and_its_end_carry_loss(encoder: TextEncoder):
 
 
 def test_both_answers_of_a_preference_follow_the_same_prompt(encoder: TextEncoder):
-    ((chosen, rejected),) = encoder.preferences([("What is it?", "A path.", "No idea at all.")])
+    question = [{"role": "user", "content": "What is it?"}]
+    ((chosen, rejected),) = encoder.preferences([(question, "A path.", "No idea at all.")])
     assert [chosen] == list(encoder.pairs([("What is it?", "A path.")]))
     assert [rejected] == list(encoder.pairs([("What is it?", "No idea at all.")]))
+
+
+def test_a_preference_after_a_chat_has_loss_on_its_last_answer_only(encoder: TextEncoder):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A path."},
+        {"role": "user", "content": "Which one?"},
+    ]
+    ((chosen, _),) = encoder.preferences([(chat, "This one.", "No idea.")])
+    learned = [i for i, wanted in zip(chosen.ids, chosen.targets, strict=True) if wanted]
+    assert encoder.tokenizer.decode(learned, skip_special_tokens=False) == f"This one.{EOS}"
+    before = encoder.render(chat, add_generation_prompt=True)
+    assert chosen.ids[: -len(learned)] == encoder.tokenizer.encode(before, add_special_tokens=False).ids
 
 
 def test_loss_on_all_covers_the_prompt_too(encoder: TextEncoder):

@@ -77,15 +77,21 @@ class Chat:
 class Preference:
     """A question with two answers, the better one and the worse one."""
 
-    prompt: str
+    prompt: str | tuple[Message, ...]
+    """What the user says, or the turns of a chat before the answers."""
     chosen: str
     rejected: str
     kind: ClassVar[Kind] = "preferences"
 
     @property
+    def turns(self) -> tuple[Message, ...]:
+        """The chat before the answers."""
+        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Its strings."""
-        return (self.prompt, self.chosen, self.rejected)
+        return (*(turn.content for turn in self.turns), self.chosen, self.rejected)
 
     @property
     def useful(self) -> bool:
@@ -119,12 +125,27 @@ def _message(number: int, message: Any) -> Message:
     raise ValueError(f"[{number}] is not a message with the strings role and content")
 
 
+def _chat_preference(prompt: Any, chosen: Any, rejected: Any) -> Preference:
+    """A line of OpenAI's preference format: `input` with `messages`, and an output of one message of the assistant each."""
+    if not isinstance(prompt, dict) or "messages" not in prompt:
+        raise ValueError("of a preference must be an object with messages")
+    return Preference(_chat(prompt["messages"]).messages, _output(chosen), _output(rejected))
+
+
+def _output(messages: Any) -> str:
+    (message,) = turns if len(turns := _chat(messages).messages) == 1 else (None,)
+    if message is None or message.role != "assistant":
+        raise ValueError("must have outputs of one message of the assistant each")
+    return message.content
+
+
 def _instruction(instruction: str, output: str, input_text: str = "") -> Pair:
     return Pair(f"{instruction}\n\n{input_text}" if input_text.strip() else instruction, output)
 
 
 _SHAPES: tuple[tuple[tuple[str, ...], Callable[..., Sample]], ...] = (
     (("prompt", "chosen", "rejected"), Preference),
+    (("input", "preferred_output", "non_preferred_output"), _chat_preference),
     (("messages",), _chat),
     (("conversations",), _chat),
     (("prompt", "answer"), Pair),
@@ -146,7 +167,7 @@ def sample_of(record: dict[str, Any], location: str) -> Sample:
         if not all(key in record for key in keys):
             continue
         values = [record[key] for key in keys]
-        if make is _chat:
+        if make in (_chat, _chat_preference):
             try:
                 return make(*values)
             except ValueError as error:
@@ -158,7 +179,8 @@ def sample_of(record: dict[str, Any], location: str) -> Sample:
     raise DataError(
         f"{location} has the keys {', '.join(map(str, record)) or '(none)'}; it needs "
         '"text", or "prompt" and "answer" (or "input" and "output", "question" and "answer", "instruction" and "output"), '
-        'or "messages" (each with "role" and "content"), or "prompt", "chosen" and "rejected".'
+        'or "messages" (each with "role" and "content"), or "prompt", "chosen" and "rejected" (or "input", '
+        '"preferred_output" and "non_preferred_output").'
     )
 
 
