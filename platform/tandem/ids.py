@@ -12,6 +12,9 @@ from typing import Any
 from tandem.errors import ConfigError
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+FINE_TUNED_PATTERN = re.compile(r"ft(:[A-Za-z0-9._-]*){1,4}")
+"""Names that the fine-tuning API gives: `ft:BASE:TENANT:SUFFIX:ID`."""
+NAME_LENGTH = 96
 HUB_NAME_PATTERN = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?/[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 HUB_NAME_LENGTH = 96
 
@@ -49,12 +52,12 @@ def folder_digest(folder: Path, known: Mapping[str, str] | None = None) -> str:
 
 def job_id(name: str, content: Any) -> str:
     """`name-<12 hex>`: the same submission has the same id, whatever order its keys were written in."""
-    return f"{check_name(name)}-{digest(content)[:12]}"
+    return f"{check_name(name).replace(':', '-')}-{digest(content)[:12]}"
 
 
 def check_name(name: str, what: str = "name") -> str:
     """Return `name` if it can be a model, adapter or job name; raise ConfigError otherwise."""
-    if not NAME_PATTERN.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name) and not (FINE_TUNED_PATTERN.fullmatch(name) and len(name) <= NAME_LENGTH):
         raise ConfigError(
             f"{what} {name!r} cannot be used: 1 to 96 letters, digits, '.', '_' or '-', the first a letter or digit."
         )

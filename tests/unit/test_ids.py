@@ -47,13 +47,17 @@ def test_a_folders_digest_follows_names_and_contents_only(tmp_path):
     assert ids.folder_digest(tmp_path / "one") == first
 
 
+def test_a_job_of_a_fine_tuned_model_has_an_id_without_colons():
+    assert ids.job_id("ft:base:red::7f", {}).startswith("ft-base-red--7f-")
+
+
 def test_a_files_digest_is_its_sha256(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x" * 3_000_000)
     assert ids.file_digest(path) == hashlib.sha256(b"x" * 3_000_000).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["a", "Qwen3-0.6B", "0", "a.b_c-d", "x" * 96])
+@pytest.mark.parametrize("name", ["a", "Qwen3-0.6B", "0", "a.b_c-d", "x" * 96, "ft:base:red::7f", "ft:b:red:my-suffix:7f"])
 def test_a_name_that_can_be_used_comes_back(name):
     assert ids.check_name(name) == name
 

@@ -16,7 +16,7 @@ from tandem.data.index import check_tokenizers, find_dataset, find_parts, parts_
 from tandem.errors import ConfigError
 from tandem.ids import job_id
 from tandem.jobs.folder import JobFolder
-from tandem.registry import find_base
+from tandem.registry import Registry, find_base
 from tandem.settings import settings
 from tandem.storage import disk_errors, require_space, write_atomic
 
@@ -58,6 +58,8 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
         check_layout(base.shape() if base else ModelShape.of(config.model), with_workers(config, size))
     if reference:
         check_layout(reference.shape(), config)
+    if config.register:
+        Registry.open().check_owner(config.name, config.tenant)
     evaluation_index = None
     evaluation = config.evaluation
     if evaluation is not None and evaluation.data is not None:
@@ -79,6 +81,9 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     plain = to_dict(resolved)
     content = {k: v for k, v in plain.items() if k not in NON_CONTENT_KEYS or k in compared}
     left_out = ("path", "mixture") if "data" in compared else ("path", "mixture", *READER_KEYS)
+    if config.tenant is None:
+        # As before there was this key: the ids of jobs of then stay.
+        del content["tenant"]
     content["data"] = {k: v for k, v in plain["data"].items() if k not in left_out}
     if content["evaluation"] is not None:
         content["evaluation"] = {**content["evaluation"], "data": evaluation_index.digest if evaluation_index else None}

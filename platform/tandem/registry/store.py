@@ -313,6 +313,11 @@ class Registry(Pins):
                 session.delete(row)
             return removed
 
+    def check_owner(self, name: str, tenant: str | None) -> None:
+        """RegistryError where a name that is in use does not belong to `tenant`; None: any owner is accepted."""
+        with self._reading() as session:
+            names.check_owner(session, name, tenant)
+
     def _register(
         self,
         name: str,

@@ -113,12 +113,14 @@ def _register(
 ) -> ModelRecord:
     registry = Registry.open()
     if config.lora is None:
-        return registry.register_model(config.name, folder, lineage=lineage, promote=promote)
+        return registry.register_model(config.name, folder, lineage=lineage, promote=promote, tenant=config.tenant)
     assert base is not None, "TrainConfig refuses lora without a base"
     base_id = base.id
     if not base.record:
         base_id = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
-    return registry.register_adapter(config.name, copy or folder, base=base_id, lineage=lineage, promote=promote)
+    return registry.register_adapter(
+        config.name, copy or folder, base=base_id, lineage=lineage, promote=promote, tenant=config.tenant
+    )
 
 
 def copy_result(config: TrainConfig, job: Path) -> Location | None:

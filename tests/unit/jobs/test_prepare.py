@@ -21,7 +21,7 @@ from tandem.config import (
     TrainConfig,
 )
 from tandem.data.build import build_dataset
-from tandem.errors import ConfigError, DataError, LayoutError, StorageError, UnknownModelError
+from tandem.errors import ConfigError, DataError, LayoutError, RegistryError, StorageError, UnknownModelError
 from tandem.jobs import prepare as module
 from tandem.jobs.prepare import prepare
 from tandem.registry import Registry
@@ -55,6 +55,24 @@ def test_the_same_submission_is_the_same_job(dataset: str) -> None:
     first, again = prepare(config(dataset)), prepare(config(dataset))
     assert first == again
     assert first.config().data.path.endswith("/data/texts")
+
+
+def test_the_same_submission_of_two_tenants_is_two_jobs(dataset: str) -> None:
+    jobs = {prepare(config(dataset, name=f"m{tenant}", tenant=tenant)).id for tenant in (None, "red")}
+    assert len(jobs) == 2
+    assert prepare(config(dataset, tenant="red")) != prepare(config(dataset))
+
+
+def test_a_name_of_another_tenant_is_refused_before_work_starts(dataset: str, tandem_home: Path) -> None:
+    folder = tandem_home / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
+    (folder / "model.safetensors").write_bytes(b"x")
+    Registry.open().register_model("m", folder, tenant="blue")
+    with pytest.raises(RegistryError, match="The name m belongs to the tenant blue"):
+        prepare(config(dataset, tenant="red"))
+    prepare(config(dataset, tenant="blue"))
+    prepare(config(dataset, tenant="red", register=False))
 
 
 def test_other_steps_or_other_data_are_another_job_but_more_workers_are_not(dataset: str, tandem_home: Path) -> None:

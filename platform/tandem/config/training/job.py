@@ -102,6 +102,8 @@ class TrainConfig:
     """Sinks of these reports beside the job's journal and TensorBoard."""
     register: bool = True
     """Register the result under `name`; if false it stays in the job's folder, as for a sweep's trials."""
+    tenant: str | None = None
+    """Tenant that a new name belongs to; unset: an adapter's belongs to its base's tenant, and a model's is shared by all."""
     export_to: str | None = None
     """Folder or URI, such as s3://bucket/models, to which the result is copied when it is exported, in a subfolder for each job.
     An adapter is then registered from there."""
