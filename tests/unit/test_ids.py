@@ -57,7 +57,9 @@ def test_a_files_digest_is_its_sha256(tmp_path):
     assert ids.file_digest(path) == hashlib.sha256(b"x" * 3_000_000).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["a", "Qwen3-0.6B", "0", "a.b_c-d", "x" * 96, "ft:base:red::7f", "ft:b:red:my-suffix:7f"])
+@pytest.mark.parametrize(
+    "name", ["a", "Qwen3-0.6B", "0", "a.b_c-d", "x" * 96, "ft:base:red::7f", "ft:b:red:my-suffix:7f"]
+)
 def test_a_name_that_can_be_used_comes_back(name):
     assert ids.check_name(name) == name
 

@@ -19,7 +19,7 @@ from tandem.data.packing import Rows, pack, pack_preferences
 from tandem.data.shards import samples_in
 from tandem.data.sources.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.tar import READ_ERRORS
-from tandem.data.tokenize import TextEncoder
+from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import DataError, StorageError
 from tandem.storage import Location, file_system, is_remote, store_errors
 
@@ -43,26 +43,33 @@ class PackSpec:
 
     def rows(self, samples: Iterable[Sample]) -> Rows:
         """The rows of one shard's samples, which are of this kind."""
-        encoder, length = self.encoder, self.length
+        if self.kind == "preferences":
+            return pack_preferences(self._preferences(samples), self.length, self.encoder.pad_id)
+        return pack(self._documents(samples), self.length, self.encoder.pad_id, split=self.kind == "text")
+
+    def lengths(self, samples: Iterable[Sample]) -> Iterator[int]:
+        """Tokens of each document; of a preference those of its longer side."""
+        if self.kind == "preferences":
+            return (max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in self._preferences(samples))
+        return (len(document.ids) for document in self._documents(samples))
+
+    def _documents(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
+        encoder = self.encoder
         match self.kind:
             case "text":
-                texts = [s.text for s in samples if isinstance(s, Text)]
-                return pack(encoder.texts(texts), length, encoder.pad_id, split=True)
+                return encoder.texts([s.text for s in samples if isinstance(s, Text)])
             case "pairs":
                 pairs = [(s.prompt, s.answer) for s in samples if isinstance(s, Pair)]
-                documents = encoder.pairs(pairs, loss_on_all=self.loss_on_all)
-                return pack(documents, length, encoder.pad_id, split=False)
-            case "chats":
+                return encoder.pairs(pairs, loss_on_all=self.loss_on_all)
+            case _:
                 chats = [[asdict(message) for message in s.messages] for s in samples if isinstance(s, Chat)]
-                documents = encoder.chats(chats, loss_on_all=self.loss_on_all)
-                return pack(documents, length, encoder.pad_id, split=False)
-            case "preferences":
-                preferences = [
-                    ([asdict(turn) for turn in s.turns], s.chosen, s.rejected)
-                    for s in samples
-                    if isinstance(s, Preference)
-                ]
-                return pack_preferences(encoder.preferences(preferences), length, encoder.pad_id)
+                return encoder.chats(chats, loss_on_all=self.loss_on_all)
+
+    def _preferences(self, samples: Iterable[Sample]) -> Iterator[tuple[Encoded, Encoded]]:
+        chosen_and_rejected = [
+            ([asdict(turn) for turn in s.turns], s.chosen, s.rejected) for s in samples if isinstance(s, Preference)
+        ]
+        return self.encoder.preferences(chosen_and_rejected)
 
 
 @dataclass(frozen=True, kw_only=True)

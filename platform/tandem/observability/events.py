@@ -248,6 +248,20 @@ class Failed(Event, name="failed"):
     error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FineTuningPlanned(Event, name="fine_tuning_planned"):
+    """The files of a fine-tuning job are read, and its hyperparameters chosen."""
+
+    examples: int
+    steps: int
+    n_epochs: int
+    batch_size: int
+    """In examples."""
+    learning_rate_multiplier: float
+    beta: float | None = None
+    """Of DPO."""
+
+
 # ---- from the workers to the driver only -----------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""Wire models of OpenAI's resources: files, uploads, fine-tuning jobs, batches."""

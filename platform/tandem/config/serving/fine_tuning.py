@@ -1,0 +1,44 @@
+"""Fine-tuning API config: resources and defaults of the jobs that clients create."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.config import check
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTuningConfig:
+    """Jobs of `/v1/fine_tuning`. Each trains a LoRA adapter of a served model."""
+
+    enabled: bool = True
+    """Whether keys with the role trainer or admin can create jobs."""
+    workers: int = 1
+    """Training processes of a job."""
+    min_workers: int | None = None
+    """Set: a job goes on with fewer workers, at least so many, where others need the resources."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    precision: str = "float32"
+    """As `precision` of a training job; bfloat16 on GPUs."""
+    rank: int = 16
+    """LoRA rank. Replicas that serve the adapters take at most their `max_lora_rank`."""
+    learning_rate: float = 2e-4
+    """Learning rate at `learning_rate_multiplier` 1."""
+    sequence_length: int = 4096
+    """Tokens of an example at most; the rest of a longer one is cut off. A job takes less where its examples are shorter."""
+    checkpoints: int = 3
+    """Newest checkpoints that can be called as models."""
+    max_epochs: int = 50
+    """Epochs that a client may request at most."""
+
+    def __post_init__(self) -> None:
+        check.at_least("fine_tuning.workers", self.workers, 1)
+        if self.min_workers is not None:
+            check.between("fine_tuning.min_workers", self.min_workers, 1, self.workers)
+        check.between("fine_tuning.rank", self.rank, 1, 512)
+        check.at_least("fine_tuning.sequence_length", self.sequence_length, 8)
+        check.at_least("fine_tuning.checkpoints", self.checkpoints, 0)
+        check.at_least("fine_tuning.max_epochs", self.max_epochs, 1)
+        check.one_of("fine_tuning.precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
+        check.at_least("fine_tuning.learning_rate", self.learning_rate, 1e-12)
