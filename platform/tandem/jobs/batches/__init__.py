@@ -1,0 +1,1 @@
+"""Batches as OpenAI's API describes them: a file of requests, answered by the engines that serve."""
