@@ -59,6 +59,9 @@ class _Pass:
         self._placed: dict[str, _Placed] = {}
         self._starting: dict[str, Resources] = {}
         """Resources of the jobs that start, by tenant."""
+        self._quotas = {tenant: state.quota(tenant) for tenant in state.accounts}
+        self._shares: dict[str, float] = {}
+        """Weighted dominant shares, with the jobs that start."""
         self._giving_way: dict[str, Placement] = {}
         """Placement that each run keeps which is told to stop or shrink."""
         self._decisions: list[Decision] = []
@@ -115,8 +118,20 @@ class _Pass:
         """What a tenant holds, with the jobs that start."""
         return self._state.accounts[tenant].held + self._starting.get(tenant, NOTHING)
 
+    def _add(self, tenant: str, amount: Resources) -> None:
+        self._starting[tenant] = self._starting.get(tenant, NOTHING) + amount
+        self._shares.pop(tenant, None)
+
+    def _weighted_share(self, tenant: str) -> float:
+        share = self._shares.get(tenant)
+        if share is None:
+            account = self._state.accounts[tenant]
+            share = account.weighted_share(self._state.total, self._now, self._starting.get(tenant))
+            self._shares[tenant] = share
+        return share
+
     def _is_within_quota(self, job: Job) -> bool:
-        return (self._held(job.tenant) + job.needs()).fits_in(self._state.quota(job.tenant))
+        return (self._held(job.tenant) + job.needs()).fits_in(self._quotas[job.tenant])
 
     def _rank(self, tenant: str, cursor: Cursor) -> tuple[float, ...]:
         """Order among tenants' next jobs: starved ones; then by quota, priority, weighted dominant share, and age."""
@@ -128,8 +143,7 @@ class _Pass:
         if now - queue.head_since_s >= self._policy.starvation_s and queue.is_head(job):
             return (STARVED, queue.head_since_s)
         band = WITHIN_QUOTA if self._is_within_quota(job) else BORROWING
-        share = state.accounts[tenant].weighted_share(state.total, now, self._starting.get(tenant))
-        return (band, -job.priority, share, queue.position(job).aged_s)
+        return (band, -job.priority, self._weighted_share(tenant), queue.position(job).aged_s)
 
     def _may_start(self, job: Job, shape: Shape) -> bool:
         """Whether a job, and so any of its shape, may start in this pass; notes the reason if it may not."""
@@ -171,7 +185,7 @@ class _Pass:
                 reservation.take(node_id, shape.unit * count, self._free, outlasts=outlasts)
         reason = "is next" if reservation is None else f"fits beside job {reservation.job.id} without delaying it"
         self._placed[job.id] = _Placed(job, units, reason)
-        self._starting[job.tenant] = self._starting.get(job.tenant, NOTHING) + job.needs()
+        self._add(job.tenant, job.needs())
         return True
 
     def _block(self, job: Job, shape: Shape) -> None:
@@ -214,7 +228,8 @@ class _Pass:
         """Give elastic runs what no waiting job can use, the tenants with the smallest share first."""
         now, settled_s = self._now, self._policy.min_run_s
         growing: list[Run | _Placed] = [placed for placed in self._placed.values() if placed.job.is_elastic]
-        for run in self._state.runs.values():
+        for job_id in self._state.elastic:
+            run = self._state.runs[job_id]
             is_changing = run.shrinking_to is not None or run.job.id in self._giving_way
             is_settled = now - run.changed_s >= settled_s and run.ends_s(self._policy) - now > settled_s
             if run.workers < run.job.max_workers and is_settled and not is_changing:
@@ -224,7 +239,7 @@ class _Pass:
             added = self._room(each.job, sum(workers for _, workers in each.placement))
             if not added:
                 continue
-            self._starting[each.job.tenant] = self._held_more(each.job, sum(added.values()))
+            self._add(each.job.tenant, each.job.unit * sum(added.values()))
             for node_id, count in added.items():
                 self._free.take(node_id, each.job.unit * count)
             if isinstance(each, _Placed):
@@ -250,10 +265,3 @@ class _Pass:
                 if units:
                     return units
         return {}
-
-    def _held_more(self, job: Job, units: int) -> Resources:
-        return self._starting.get(job.tenant, NOTHING) + job.unit * units
-
-    def _weighted_share(self, tenant: str) -> float:
-        state = self._state
-        return state.accounts[tenant].weighted_share(state.total, self._now, self._starting.get(tenant))

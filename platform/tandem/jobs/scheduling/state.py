@@ -38,6 +38,8 @@ class ClusterState:
         self.accounts: dict[str, shares.TenantAccount] = {}
         self.queues: dict[str, TenantQueue] = {}
         self.runs: dict[str, Run] = {}
+        self.elastic: set[str] = set()
+        """Ids of the runs that can have different numbers of workers."""
         self.ends: list[tuple[float, str]] = []
         """Runs by the time by which they end."""
         self.grants: dict[tuple[str, str], ServingGrant] = {}
@@ -111,6 +113,7 @@ class ClusterState:
     def finished(self, job_id: str, now: float) -> Job:
         """A run ended for good."""
         run = self.runs.pop(job_id)
+        self.elastic.discard(job_id)
         del self.ends[bisect_left(self.ends, (run.ends_s(self.policy), job_id))]
         self.free.give_all(run.placement, run.job.worker)
         self.accounts[run.job.tenant].add(run.job.needs(run.workers) * -1, now)
@@ -181,6 +184,8 @@ class ClusterState:
 
     def _add_run(self, run: Run, now: float) -> None:
         self.runs[run.job.id] = run
+        if run.job.is_elastic:
+            self.elastic.add(run.job.id)
         insort(self.ends, (run.ends_s(self.policy), run.job.id))
         self.free.take_all(run.placement, run.job.worker)
         self.accounts[run.job.tenant].add(run.job.needs(run.workers), now)

@@ -42,20 +42,23 @@ def candidates(
 
     Runs that were started or resized within `min_run_s`, or told to stop or shrink, are left alone.
     """
-    policy, found = state.policy, []
+    policy, found = state.policy, list[Victim]()
+    within_quota = {name: account.held.fits_in(state.quota(name)) for name, account in state.accounts.items()}
     for run in state.runs.values():
         job = run.job
         if not job.preemptible or run.shrinking_to is not None or now - run.changed_s < policy.min_run_s:
             continue
-        account = state.accounts[job.tenant]
-        is_within_quota = account.held.fits_in(state.quota(job.tenant))
+        shrinks = job.is_elastic and run.workers > job.min_workers and may_shrink(run)
+        stops = job.preemptions < policy.max_preemptions and may_stop(run)
+        if not shrinks and not stops:
+            continue
         lost_gpu_s = run.lost_gpu_s(policy, now)
-        if run.workers > job.min_workers and may_shrink(run):
+        if shrinks:
             keep = shrunk(run, job.min_workers)
-            cost = (job.priority, is_within_quota, False, lost_gpu_s, -run.started_s)
+            cost = (job.priority, within_quota[job.tenant], False, lost_gpu_s, -run.started_s)
             found.append(Victim(run=run, keep=keep, cost=cost))
-        if job.preemptions < policy.max_preemptions and may_stop(run):
-            cost = (job.priority, is_within_quota, True, lost_gpu_s, -run.started_s)
+        if stops:
+            cost = (job.priority, within_quota[job.tenant], True, lost_gpu_s, -run.started_s)
             found.append(Victim(run=run, keep=(), cost=cost))
     return sorted(found, key=lambda victim: (victim.cost, victim.run.job.id))
 
