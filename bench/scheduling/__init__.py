@@ -1,0 +1,1 @@
+"""Benchmarks of scheduling: training jobs and serving on one cluster, simulated."""
