@@ -16,7 +16,11 @@ TandemError
 │   └── HubUnreachableError  the hub does not answer, or HF_HUB_OFFLINE is set
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
-│   └── JobStopped          a job that was told to stop, and can go on
+│   ├── JobStopped          a job that was told to stop, and can go on
+│   ├── UnknownJobError     no job of that id
+│   ├── IllegalTransitionError  an action that a job's state does not allow
+│   ├── LeaseLostError      a write of a worker or dispatcher that does not hold the lease any more
+│   └── IdempotencyConflictError  an idempotency key that belongs to another request
 ├── AuthError            an API key that cannot be made or changed
 │   └── UnknownKeyError     no API key of that id or name
 ├── EngineError          an engine that cannot start or go on
@@ -121,6 +125,22 @@ class JobStopped(JobError):
     """A job that was told to stop; it has left what it takes to go on."""
 
     exit_code = 143
+
+
+class UnknownJobError(JobError):
+    """No job or queue item has that id."""
+
+
+class IllegalTransitionError(JobError):
+    """An action that the state of a job or queue item does not allow."""
+
+
+class LeaseLostError(JobError):
+    """A write of a worker or dispatcher whose lease was taken over, or has been given back: nothing was changed."""
+
+
+class IdempotencyConflictError(JobError):
+    """An idempotency key that was sent before, with another request."""
 
 
 class EngineError(TandemError):

@@ -36,6 +36,8 @@ ADVISORY_LOCK = 7_263_001
 POSTGRESQL = "postgresql+psycopg"
 """SQLAlchemy's name of psycopg 3; `postgresql://` and `postgres://` mean it too."""
 BACKENDS = ("sqlite", "postgresql")
+IMMEDIATE = {"sqlite_begin": "BEGIN IMMEDIATE"}
+"""Execution options of an engine whose transactions read before they write: SQLite takes the write lock at the begin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,7 +262,7 @@ def _on_sqlite_connect(connection: Any, timeouts: Timeouts) -> None:
 
 
 def _on_sqlite_begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
 
 
 def _file(url: URL) -> Path | None:

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-REVISION = "0007"
+from tandem.db.columns import ID_LENGTH, NAME_LENGTH, Base, UtcDateTime, ordered_text
+from tandem.db.work_schema import JobEventRow, JobRow, LeaderRow, QueueItemRow
+
+__all__ = [
+    "REVISION", "Base", "UtcDateTime", "ID_LENGTH", "NAME_LENGTH",
+    "ApiKeyRow", "AuditRow", "ClockRow", "IdempotencyRow", "IdentityRow", "JobEventRow", "JobRow", "LeaderRow", "ModelRow",
+    "NameRow", "PinRow", "PromotionRow", "QueueItemRow", "TenantRow", "UsageRow", "UsageWriterRow",
+]  # fmt: skip
+
+REVISION = "0008"
 """The newest migration: a database that is at it needs nothing done."""
-
-# A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
-NAME_LENGTH, ID_LENGTH = 96, 120
-
-
-def _name(length: int) -> String:
-    """Text that is ordered by code points on every database, as Python orders it: pages of a list depend on it."""
-    return String(length).with_variant(String(length, collation="C"), "postgresql")
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """An aware datetime, kept as UTC without a zone because SQLite has no zones."""
-
-    impl = DateTime
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To UTC, zone dropped."""
-        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """The zone put back."""
-        return None if value is None else value.replace(tzinfo=UTC)
-
-
-class Base(DeclarativeBase):
-    """Root of the tables."""
 
 
 class ClockRow(Base):
@@ -63,10 +44,10 @@ class NameRow(Base):
     __tablename__ = "registry_names"
     __table_args__ = (Index("ix_registry_names_kind", "kind", "name"),)
 
-    name: Mapped[str] = mapped_column(_name(NAME_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(ordered_text(NAME_LENGTH), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     last_version: Mapped[int]
-    promoted: Mapped[str | None] = mapped_column(_name(ID_LENGTH))
+    promoted: Mapped[str | None] = mapped_column(ordered_text(ID_LENGTH))
     """Id of the version that the bare name means: the newest of its promotions that was not taken back. It is kept here so that
     resolving and listing read one row a name."""
     tenant: Mapped[str | None] = mapped_column(String(63))
@@ -83,9 +64,9 @@ class ModelRow(Base):
         Index("ix_registry_models_kind_revision", "kind", "revision"),
     )
 
-    id: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    id: Mapped[str] = mapped_column(ordered_text(ID_LENGTH), primary_key=True)
     name: Mapped[str] = mapped_column(
-        _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_models_name")
+        ordered_text(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_models_name")
     )
     version: Mapped[int]
     kind: Mapped[str] = mapped_column(String(16))
@@ -93,7 +74,7 @@ class ModelRow(Base):
     """A folder, or of an adapter in a store its URI."""
     digest: Mapped[str] = mapped_column(String(64))
     base: Mapped[str | None] = mapped_column(
-        _name(ID_LENGTH),
+        ordered_text(ID_LENGTH),
         ForeignKey("registry_models.id", name="fk_registry_models_base", ondelete="RESTRICT"),
         index=True,
     )
@@ -115,7 +96,7 @@ class PromotionRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     """In the order of promotion."""
     name: Mapped[str] = mapped_column(
-        _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_promotions_name")
+        ordered_text(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_promotions_name")
     )
     version: Mapped[int]
     at: Mapped[datetime] = mapped_column(UtcDateTime)
@@ -128,10 +109,10 @@ class PinRow(Base):
 
     __tablename__ = "registry_pins"
 
-    target: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    target: Mapped[str] = mapped_column(ordered_text(ID_LENGTH), primary_key=True)
     """An id, or a bare name: then whichever version it means."""
     name: Mapped[str] = mapped_column(
-        _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True
+        ordered_text(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True
     )
 
 
@@ -143,7 +124,7 @@ class IdempotencyRow(Base):
 
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     """SHA-256 of the caller, the change and the key that the caller gave."""
-    result: Mapped[str] = mapped_column(_name(ID_LENGTH))
+    result: Mapped[str] = mapped_column(ordered_text(ID_LENGTH))
     """Id of the version that the change resulted in."""
     at: Mapped[datetime] = mapped_column(UtcDateTime)
 
@@ -210,9 +191,9 @@ class UsageRow(Base):
     key_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     """Empty: requests without a key."""
     tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
-    model: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    model: Mapped[str] = mapped_column(ordered_text(ID_LENGTH), primary_key=True)
     """Id of the base model."""
-    adapter: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    adapter: Mapped[str] = mapped_column(ordered_text(ID_LENGTH), primary_key=True)
     """Id of the adapter; empty: the base model itself answered."""
     route: Mapped[str] = mapped_column(String(64), primary_key=True)
     requests: Mapped[int] = mapped_column(BigInteger)

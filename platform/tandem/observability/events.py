@@ -329,3 +329,19 @@ class SweepFinished(Event, name="swept"):
     model: str | None = None
     """Id of the best trial's result in the registry; None if it is not registered."""
     scores: tuple[float | None, ...] = ()
+
+
+# ---- a durable job of any kind ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChanged(Event, name="state"):
+    """A job has another state in the database (`tandem.jobs.work.states`)."""
+
+    from_state: str | None = _keyed("from", None)
+    """None: it was submitted."""
+    to_state: str = _keyed("to", "")
+    action: str = ""
+    """What caused it."""
+    attempt: int = 0
+    reason: str | None = field(default=None, metadata={"omit_default": True})

@@ -1,0 +1,133 @@
+"""Store of jobs: submission, runs, requests of clients and operators, lists and events.
+
+All gateways, dispatchers and command lines of a cluster use the same database. Times are the database's (`clock`). Nothing is
+kept in memory: a process that dies between two calls loses nothing that was answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from sqlalchemy import select
+
+from tandem.db.schema import JobRow
+from tandem.jobs.work.event_log import append_events, read_events
+from tandem.jobs.work.records import Job, JobPage, Lease, NumberedEvent
+from tandem.jobs.work.rows import to_job
+from tandem.jobs.work.runs import JobRuns
+from tandem.jobs.work.states import Action, JobKind, State
+from tandem.jobs.work.submissions import JobSubmissions
+from tandem.jobs.work.transitions import change_state, check_lease, lease_lost, locked_job, unknown_job
+from tandem.observability.events import Event
+
+EXPIRABLE = [state.value for state in State if not state.ended and state not in (State.STOPPING, State.EXPIRING)]
+
+
+class JobStore(JobSubmissions, JobRuns):
+    """Jobs in the database."""
+
+    # ---- requests of clients and operators ----
+
+    def cancel(self, job_id: str, *, reason: str | None = None) -> Job:
+        """End a job: at once where it waits, else as soon as nothing of it runs. One that has ended stays as it is."""
+        return self._request(job_id, Action.CANCEL, reason)
+
+    def pause(self, job_id: str, *, reason: str | None = None) -> Job:
+        """Let a job save and leave, until it is resumed; IllegalTransitionError for kinds without checkpoints."""
+        return self._request(job_id, Action.PAUSE, reason)
+
+    def resume(self, job_id: str, *, reason: str | None = None) -> Job:
+        """Put a paused job into the queue again."""
+        return self._request(job_id, Action.RESUME, reason)
+
+    def hold(self, job_id: str, *, reason: str | None = None) -> Job:
+        """Keep a job that waits from starting."""
+        return self._request(job_id, Action.HOLD, reason)
+
+    def release(self, job_id: str, *, reason: str | None = None) -> Job:
+        """Let a held job start."""
+        return self._request(job_id, Action.RELEASE, reason)
+
+    def preempt(self, job_id: str, *, reason: str | None = None) -> Job:
+        """Let a job save and leave, and wait in the queue again."""
+        return self._request(job_id, Action.PREEMPT, reason)
+
+    def requeue(self, job_id: str, *, reason: str | None = None) -> Job:
+        """Run a job again that ended without success, such as a dead letter; its failures are counted anew."""
+        return self._request(job_id, Action.REQUEUE, reason)
+
+    def expire_overdue(self, limit: int = 100) -> list[Job]:
+        """Expire jobs whose deadline has passed, `limit` at most; those that run have to be stopped then."""
+        with self._transaction() as (session, now):
+            query = select(JobRow).where(JobRow.state.in_(EXPIRABLE), JobRow.deadline <= now)
+            rows = session.scalars(query.order_by(JobRow.number).limit(limit).with_for_update(skip_locked=True)).all()
+            for row in rows:
+                change_state(
+                    session, row, Action.EXPIRE, now, reason=f"its deadline was {row.deadline:%Y-%m-%d %H:%M:%S} UTC"
+                )
+            return [to_job(row) for row in rows]
+
+    def explain(self, reasons: Mapping[str, str]) -> None:
+        """Record why jobs still wait, by id; other jobs are left alone."""
+        with self._transaction() as (session, _):
+            query = select(JobRow).where(JobRow.id.in_(reasons), JobRow.state == State.QUEUED.value)
+            for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
+                row.reason = reasons[row.id]
+
+    def _request(self, job_id: str, action: Action, reason: str | None) -> Job:
+        with self._transaction() as (session, now):
+            row = locked_job(session, job_id)
+            change_state(session, row, action, now, reason=reason)
+            return to_job(row)
+
+    # ---- reading ----
+
+    def get(self, job_id: str, *, tenant: str | None = None) -> Job:
+        """A job; UnknownJobError where there is none, or it is not of the tenant."""
+        with self._reading() as session:
+            row = session.execute(select(JobRow).where(JobRow.id == job_id)).scalar_one_or_none()
+            if row is None or tenant not in (None, row.tenant):
+                raise unknown_job(job_id)
+            return to_job(row)
+
+    def page(
+        self,
+        *,
+        tenant: str | None = None,
+        kinds: Collection[JobKind] | None = None,
+        states: Collection[State] | None = None,
+        parent: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+    ) -> JobPage:
+        """Jobs of a tenant (None: of all), newest first; `after`: id of the last job of the page before."""
+        query = select(JobRow)
+        if tenant is not None:
+            query = query.where(JobRow.tenant == tenant)
+        if kinds is not None:
+            query = query.where(JobRow.kind.in_([kind.value for kind in kinds]))
+        if states is not None:
+            query = query.where(JobRow.state.in_([state.value for state in states]))
+        if parent is not None:
+            query = query.where(JobRow.parent == parent)
+        if after is not None:
+            query = query.where(JobRow.number < self.get(after, tenant=tenant).number)
+        with self._reading() as session:
+            rows = session.scalars(query.order_by(JobRow.number.desc()).limit(limit + 1)).all()
+        return JobPage([to_job(row) for row in rows[:limit]], len(rows) > limit)
+
+    # ---- events ----
+
+    def append(self, lease: Lease, events: Sequence[Event]) -> int:
+        """Add events of a run; returns the number of the last. LeaseLostError where the lease is not in force any more."""
+        with self._transaction() as (session, now):
+            row = locked_job(session, lease.id)
+            if not check_lease(row, lease):
+                raise lease_lost(row, lease)
+            append_events(session, row, events, now)
+            return row.last_event
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> list[NumberedEvent]:
+        """A job's events with numbers above `after`, oldest first."""
+        with self._reading() as session:
+            return read_events(session, job_id, after=after, limit=limit)

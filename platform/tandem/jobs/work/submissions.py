@@ -1,0 +1,88 @@
+"""Submission of jobs: each is stored once, whichever gateway gets it, and however often it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from tandem.db.schema import JobRow
+from tandem.errors import IdempotencyConflictError, JobError
+from tandem.ids import fingerprint
+from tandem.jobs.work.connection import WorkConnection
+from tandem.jobs.work.event_log import append_events
+from tandem.jobs.work.records import JobSubmission, Submitted
+from tandem.jobs.work.rows import job_values, request_digest, to_job
+from tandem.jobs.work.states import Action, State
+from tandem.jobs.work.transitions import change_state
+from tandem.observability.events import StateChanged
+
+
+class JobSubmissions(WorkConnection):
+    """Entry of jobs into the database."""
+
+    def submit(self, submission: JobSubmission) -> Submitted:
+        """Store a job, unless the tenant has submitted it before.
+
+        The same idempotency key means the same job, as it is. The same content hash does too, and a job of that content which has
+        ended without success, or is paused, goes back into the queue. IdempotencyConflictError where the key was sent with
+        another request, JobError where the id is taken.
+        """
+        with self._transaction() as (session, now):
+            dialect: Any = postgresql if session.connection().dialect.name == "postgresql" else sqlite
+            # One statement: of two that insert the same job at once, the second waits, and then inserts nothing.
+            statement = dialect.insert(JobRow).values(**job_values(submission, now)).on_conflict_do_nothing()
+            number = session.execute(statement.returning(JobRow.number)).scalar_one_or_none()
+            if number is None:
+                return Submitted(to_job(_earlier(session, submission, now)), False)
+            row = session.get_one(JobRow, number)
+            append_events(session, row, [StateChanged(to_state=row.state, action="submit")], now)
+            return Submitted(to_job(row), True)
+
+
+def _earlier(session: Session, submission: JobSubmission, now: datetime) -> JobRow:
+    """The locked row of the earlier submission, back in the queue where it has to run again."""
+    for matched_by, condition in _matches(submission):
+        row = session.execute(select(JobRow).where(*condition).with_for_update()).scalar_one_or_none()
+        if row is None:
+            continue
+        if matched_by == "key":
+            if row.request_digest != request_digest(submission):
+                raise IdempotencyConflictError(
+                    f"The idempotency key was sent before, with another request, which made the job {row.id}. Send this one with "
+                    "a new key."
+                )
+            return row
+        if matched_by == "id" and None in (row.content_hash, submission.content_hash):
+            break
+        _run_again(session, row, submission, now)
+        return row
+    raise JobError(f"The id {submission.id!r} belongs to another job. Submit this one with another name.")
+
+
+def _matches(submission: JobSubmission) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    of_tenant = JobRow.tenant == submission.tenant
+    if submission.idempotency_key is not None:
+        yield "key", (of_tenant, JobRow.idempotency_key == fingerprint(submission.idempotency_key))
+    kind = JobRow.kind == submission.kind.value
+    if submission.content_hash is not None:
+        yield "content", (of_tenant, kind, JobRow.content_hash == submission.content_hash)
+    if submission.id is not None:
+        yield "id", (of_tenant, kind, JobRow.id == submission.id)
+
+
+def _run_again(session: Session, row: JobRow, submission: JobSubmission, now: datetime) -> None:
+    state = State(row.state)
+    if state is State.PAUSED:
+        action = Action.RESUME
+    elif state.ended and state is not State.FINISHED:
+        action = Action.REQUEUE
+    else:
+        return
+    change_state(session, row, action, now, reason="submitted again")
+    row.failures = 0
+    row.not_before, row.deadline = submission.not_before, submission.deadline

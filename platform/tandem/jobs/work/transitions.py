@@ -1,0 +1,127 @@
+"""Transitions of job rows: the new state with all that follows from it, in the caller's transaction."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tandem.db.schema import JobRow, QueueItemRow
+from tandem.errors import LeaseLostError, UnknownJobError
+from tandem.jobs.work.event_log import append_events
+from tandem.jobs.work.records import Lease
+from tandem.jobs.work.states import Action, JobKind, State, is_legal, next_state
+from tandem.observability.events import StateChanged
+
+REASON_CHARACTERS = 2000
+
+_ITEMS_FOLLOW: dict[State, tuple[Action, ...]] = {
+    State.HELD: (Action.HOLD,),
+    State.PAUSING: (Action.HOLD,),
+    State.PAUSED: (Action.HOLD,),
+    State.PREEMPTING: (Action.HOLD,),
+    State.QUEUED: (Action.RELEASE, Action.REQUEUE),
+    State.STOPPING: (Action.CANCEL,),
+    State.EXPIRING: (Action.EXPIRE,),
+    State.CANCELLED: (Action.CANCEL,),
+    State.EXPIRED: (Action.EXPIRE,),
+    State.FAILED: (Action.CANCEL,),
+    State.DEAD: (Action.CANCEL,),
+}
+"""Actions on a job's items when the job gets a state; only items to which they apply are changed."""
+_REQUEUED_ITEMS = frozenset({State.CANCELLED, State.EXPIRED})
+"""Ends of items that came from their job's end: they run again when the job does. Failed items do not."""
+
+
+def locked_job(session: Session, job_id: str) -> JobRow:
+    """The row of a job, which nobody else changes until the transaction ends; UnknownJobError without one."""
+    row = session.execute(select(JobRow).where(JobRow.id == job_id).with_for_update()).scalar_one_or_none()
+    if row is None:
+        raise unknown_job(job_id)
+    return row
+
+
+def unknown_job(job_id: str) -> UnknownJobError:
+    """The error for an id that no job has."""
+    return UnknownJobError(f"There is no job {job_id[:120]!r}. List the jobs to see those that there are.")
+
+
+def change_state(session: Session, row: JobRow, action: Action, now: datetime, *, reason: str | None = None) -> bool:
+    """Apply an action to a locked row; False where it changes nothing, IllegalTransitionError where it is not legal."""
+    before = State(row.state)
+    after = next_state(JobKind(row.kind), before, action)
+    if after is before:
+        return False
+    row.state = after.value
+    row.reason = None if reason is None else reason[:REASON_CHARACTERS]
+    if after.ended:
+        row.ended_at = now
+    elif before.ended:
+        row.ended_at = row.error = row.result = row.not_before = None
+        row.failures = 0
+    if not after.active:
+        row.lease_owner = row.lease_until = None
+    changed = StateChanged(
+        from_state=before.value, to_state=after.value, action=action.value, attempt=row.attempt, reason=row.reason
+    )
+    append_events(session, row, [changed], now)
+    if row.kind == JobKind.BATCH.value:
+        _change_items(session, row.id, after, now)
+    return True
+
+
+def check_lease(row: JobRow | QueueItemRow, lease: Lease) -> bool:
+    """Whether the lease is in force on a locked row; False where its holder has reported the end of the attempt before.
+
+    LeaseLostError where somebody else has taken the work since, or it was given back without a report. A lease that has only
+    run out is still in force: nobody else has taken the work.
+    """
+    if row.fencing_token == lease.token:
+        if row.lease_owner == lease.owner:
+            return True
+        if row.lease_owner is None and not State(row.state).active:
+            return False
+    raise lease_lost(row, lease)
+
+
+def lease_lost(row: JobRow | QueueItemRow, lease: Lease) -> LeaseLostError:
+    """The error for a lease that is not in force on a row."""
+    holder = f"{row.lease_owner} (token {row.fencing_token})" if row.lease_owner else "nobody"
+    return LeaseLostError(
+        f"{lease.owner} held {lease.id} with token {lease.token}; now {holder} does, and it is {row.state}. Nothing was changed. "
+        "Stop working on it."
+    )
+
+
+def _change_items(session: Session, job_id: str, state: State, now: datetime) -> None:
+    for action in _ITEMS_FOLLOW.get(state, ()):
+        states = [each for each in State if is_legal(JobKind.GENERATE, each, action)]
+        changed = {each: after for each in states if (after := next_state(JobKind.GENERATE, each, action)) is not each}
+        if action is Action.REQUEUE:
+            changed = {each: after for each, after in changed.items() if each in _REQUEUED_ITEMS}
+        # In one order, as everybody who locks several items: two transactions cannot wait for each other.
+        query = (
+            select(QueueItemRow)
+            .where(QueueItemRow.job == job_id, QueueItemRow.state.in_([each.value for each in changed]))
+            .order_by(QueueItemRow.number)
+            .with_for_update()
+            .execution_options(yield_per=500)
+        )
+        for row in session.execute(query).scalars():
+            end_lease_of_item(row, changed[State(row.state)], now)
+
+
+def set_item_state(row: QueueItemRow, state: State, now: datetime) -> None:
+    """Write the state of a locked item; its lease is given back by its holder."""
+    row.ended_at = now if state.ended else None
+    row.state = state.value
+    if state is not State.RUNNING:
+        row.lease_owner = row.lease_until = None
+
+
+def end_lease_of_item(row: QueueItemRow, state: State, now: datetime) -> None:
+    """Write the state of a locked item that others than its holder decided: what the holder still reports is refused."""
+    if row.lease_owner is not None:
+        row.fencing_token += 1
+    set_item_state(row, state, now)
