@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -198,6 +198,14 @@ def read_chunks(location: str) -> Iterator[bytes]:
     with open_content(location) as file:
         while chunk := file.read(READ_BYTES):
             yield chunk
+
+
+def join_contents(locations: Iterable[str], writer: ContentWriter) -> StoredContent:
+    """Publish the contents at some locations, one after the other, as one."""
+    for location in locations:
+        for chunk in read_chunks(location):
+            writer.write(chunk)
+    return writer.publish()
 
 
 def remove_content(location: str) -> None:

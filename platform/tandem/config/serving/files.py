@@ -24,8 +24,8 @@ class FilesConfig:
     tenant_bytes: int = 100 * GIB
     """Bytes that the files and pending uploads of one tenant may have together; more gets 403."""
     upload_timeout_s: float = 3600.0
-    """Seconds that a client may take to send one file or part; a client that sends nothing for `gateway.upload_timeout_s` gets 408
-    before that."""
+    """Seconds that a client may take to send one file or part; one that is silent for `gateway.upload_timeout_s` gets 408 before
+    that."""
 
     def __post_init__(self) -> None:
         for key in ("max_file_bytes", "max_upload_bytes", "max_part_bytes", "tenant_bytes"):
