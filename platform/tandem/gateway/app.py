@@ -16,7 +16,8 @@ from starlette.routing import BaseRoute, Mount
 from tandem.auth import KeyStore
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.engine.routes import ENGINE_ROUTES
-from tandem.files import ContentStore, UploadStore
+from tandem.files.content import ContentStore
+from tandem.files.uploads import UploadStore
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.accounting.day_usage import DayUsage
@@ -138,7 +139,7 @@ def create_app(
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
-    app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
+    app.state.identity, app.state.catalog, app.state.relay, app.state.files = identity, catalog, relay, files
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id

@@ -8,8 +8,7 @@ from datetime import datetime
 from starlette.responses import Response
 
 from tandem.api.files import File, Upload, UploadPart
-from tandem.files import FileRecord, UploadRecord
-from tandem.files.records import PartRecord
+from tandem.files.records import FileRecord, PartRecord, UploadRecord
 
 
 def to_file(record: FileRecord) -> File:

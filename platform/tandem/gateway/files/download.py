@@ -11,8 +11,8 @@ from urllib.parse import quote
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from tandem.files import FileRecord
 from tandem.files.content import open_content
+from tandem.files.records import FileRecord
 from tandem.gateway.files.service import FileService
 
 PIECE_BYTES = 256 * 1024

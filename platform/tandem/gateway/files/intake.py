@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from tandem.config.serving.app import GatewayConfig
 from tandem.errors import TandemError
-from tandem.files import ContentWriter
+from tandem.files.content import ContentWriter
 from tandem.gateway.errors import ApiError
 from tandem.gateway.requests.held_bytes import HeldBody
 from tandem.gateway.requests.multipart import FRAME_BYTES, CheckField, Form, FormReader, boundary_of, too_large_error

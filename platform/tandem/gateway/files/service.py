@@ -24,8 +24,9 @@ from tandem.errors import (
     StorageError,
     UnknownFileError,
 )
-from tandem.files import ContentStore, Purpose, UploadStore
-from tandem.files.content import remove_content
+from tandem.files.content import ContentStore, remove_content
+from tandem.files.records import Purpose
+from tandem.files.uploads import UploadStore
 from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.files.intake import in_thread

@@ -9,8 +9,11 @@ import asyncio
 import logging
 import random
 
-from tandem.files import ContentStore, FileRecord, FileStatus, Janitor, UploadStore
 from tandem.files.checks.child import ContentCheck
+from tandem.files.content import ContentStore
+from tandem.files.janitor import Janitor
+from tandem.files.records import FileRecord, FileStatus
+from tandem.files.uploads import UploadStore
 from tandem.registry.timed_calls import TimedCalls
 from tandem.tasks import stop
 

@@ -13,8 +13,7 @@ from starlette.routing import BaseRoute, Route
 from tandem.api.files import DeletedFile, FileForm
 from tandem.auth.principal import Principal
 from tandem.errors import did_you_mean
-from tandem.files import FileRecord, NewFile, Purpose
-from tandem.files.records import LONGEST_FILENAME, PartRecord, new_file_id
+from tandem.files.records import LONGEST_FILENAME, FileRecord, NewFile, PartRecord, Purpose, new_file_id
 from tandem.gateway.errors import ApiError
 from tandem.gateway.files.answers import json_response, page_json, to_file
 from tandem.gateway.files.download import content_response
@@ -176,9 +175,10 @@ def read_form(form: Form) -> FileForm:
     values: dict[str, Any] = {}
     for name, value in form.fields.items():
         outer, bracket, inner = name.partition("[")
-        if bracket and inner.endswith("]"):
+        group = values.setdefault(outer, {}) if bracket and inner.endswith("]") else None
+        if isinstance(group, dict):
             is_number = inner == "seconds]" and value.isascii() and value.isdecimal() and len(value) < 12
-            values.setdefault(outer, {})[inner[:-1]] = int(value) if is_number else value
+            group[inner[:-1]] = int(value) if is_number else value
         else:
             values[name] = value
     options = validated(FileForm, values)

@@ -11,9 +11,17 @@ from starlette.routing import BaseRoute, Route
 
 from tandem.api.files import UploadCompletion, UploadCreation
 from tandem.errors import FileError
-from tandem.files import FileRecord, NewFile, Purpose, StoredContent, UploadRecord, UploadStatus
-from tandem.files.content import join_contents
-from tandem.files.records import PartRecord, new_file_id, new_part_id
+from tandem.files.content import StoredContent, join_contents
+from tandem.files.records import (
+    FileRecord,
+    NewFile,
+    PartRecord,
+    Purpose,
+    UploadRecord,
+    UploadStatus,
+    new_file_id,
+    new_part_id,
+)
 from tandem.files.uploads import check_room
 from tandem.gateway.errors import ApiError
 from tandem.gateway.files.answers import json_response, to_part, to_upload
