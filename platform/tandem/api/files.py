@@ -52,7 +52,7 @@ class UploadCompletion(BaseModel):
     md5: str | None = Field(default=None, max_length=64, description="MD5 of the whole file in hexadecimal digits")
 
 
-class File(BaseModel):
+class FileObject(BaseModel):
     """One file."""
 
     id: str
@@ -71,7 +71,7 @@ class FileList(BaseModel):
     """One page of files."""
 
     object: Literal["list"] = "list"
-    data: list[File]
+    data: list[FileObject]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -96,7 +96,7 @@ class Upload(BaseModel):
     filename: str
     purpose: FilePurpose
     status: Literal["pending", "completed", "cancelled", "expired"]
-    file: File | None
+    file: FileObject | None
     """The file that it has become."""
 
 

@@ -23,6 +23,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 CHAT = {"messages": [USER, ANSWER]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": "x"}]
 PREFERENCE = {"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}
 
 
@@ -59,8 +60,7 @@ def test_lines_are_the_same_however_the_content_is_cut(lines: list[bytes], size:
     [
         CHAT,
         {"messages": [{"role": "system", "content": "s"}, USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]},
-        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": "x"}, ANSWER],
-         "tools": [TOOL], "parallel_tool_calls": False},
+        {"messages": [USER, *CALLED, ANSWER], "tools": [TOOL], "parallel_tool_calls": False},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER]},
         {"prompt": "", "completion": "b"},
         PREFERENCE,

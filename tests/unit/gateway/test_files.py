@@ -407,7 +407,7 @@ def auth(client: openai.AsyncOpenAI) -> dict[str, str]:
 
 def multipart_headers(world: World, headers: dict[str, str]) -> dict[str, str]:
     """The world's client says that its bodies are JSON; forms have a type of their own."""
-    del world.http.headers["content-type"]
+    world.http.headers.pop("content-type", None)
     return headers
 
 

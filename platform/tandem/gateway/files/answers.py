@@ -7,13 +7,13 @@ from datetime import datetime
 
 from starlette.responses import Response
 
-from tandem.api.files import File, Upload, UploadPart
+from tandem.api.files import FileObject, Upload, UploadPart
 from tandem.files.records import FileRecord, PartRecord, UploadRecord
 
 
-def to_file(record: FileRecord) -> File:
+def to_file(record: FileRecord) -> FileObject:
     """One file."""
-    return File(
+    return FileObject(
         id=record.id,
         bytes=record.size_bytes,
         created_at=_seconds(record.created_at),
@@ -53,7 +53,7 @@ def page_json(records: Sequence[FileRecord], has_more: bool) -> bytes:
     return text.encode()
 
 
-def json_response(model: File | Upload | UploadPart, status: int = 200) -> Response:
+def json_response(model: FileObject | Upload | UploadPart, status: int = 200) -> Response:
     """A response with one object."""
     return Response(model.model_dump_json(), status_code=status, media_type="application/json")
 

@@ -78,6 +78,7 @@ class FileRoutes:
                     )
                 options = read_form(form)
                 check_purpose(principal, Purpose(options.purpose))
+                filename = checked_filename(form.filename or UNNAMED, "file")
                 stored = await service.store_content(writer.publish)
             except ClientLeftError:
                 return NoResponse()
@@ -88,7 +89,7 @@ class FileRoutes:
                 tenant=tenant,
                 key_id=principal.key_id,
                 purpose=Purpose(options.purpose),
-                filename=checked_filename(form.filename or UNNAMED, "file"),
+                filename=filename,
                 size_bytes=stored.size_bytes,
                 sha256=stored.sha256,
                 location=stored.location,
