@@ -12,8 +12,8 @@ from typing import Any
 
 import openai
 import pytest
+from files_world import Files, auth, files_world, until
 from sqlalchemy import update
-from test_files import Files, auth, files_world, until
 
 from tandem.db.schema import UploadRow
 
