@@ -162,19 +162,26 @@ class RemoteWriter(ContentWriter):
         if self._published:
             return
         self._published = True
-        # The store's own rule for incomplete transfers removes what cannot be aborted.
-        with contextlib.suppress(Exception):
-            if hasattr(self._file, "discard"):
-                self._file.discard()
-                self._file.closed = True  # type: ignore[misc]
-            else:
-                self._file.close()
-            if self._files.exists(self._uri):
-                self._files.rm_file(self._uri)
+        # What cannot be aborted, the store's own rule for incomplete transfers removes.
+        for step in (self._abort, self._remove):
+            with contextlib.suppress(Exception):
+                step()
 
     def _publish(self) -> None:
         self._file.close()
         self._published = True
+
+    def _abort(self) -> None:
+        if hasattr(self._file, "discard"):
+            self._file.discard()
+            # Else the file would be written when it is collected.
+            self._file.closed = True  # type: ignore[misc]
+        else:
+            self._file.close()
+
+    def _remove(self) -> None:
+        if self._files.exists(self._uri):
+            self._files.rm_file(self._uri)
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return store_errors(self._uri, "written")

@@ -128,11 +128,7 @@ def create_app(
             document_route(ENGINE_ROUTES, administration, PREFIX),
             Mount(PREFIX, administration),
         ],
-        middleware=[
-            *([Middleware(LogAccess, access_log=request_log)] if request_log else []),
-            *browser_middleware(config.cors_origins),
-            authentication,
-        ],
+        middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
         lifespan=lifespan,
         exception_handlers=EXCEPTION_HANDLERS,
     )
@@ -158,6 +154,10 @@ def _administration(
     UsageRoutes(usage, keys, config.retry_after_s).add_to(app)
     key_routes.add_to(app)
     return app, key_routes
+
+
+def _log_middleware(request_log: AccessLog | None) -> list[Middleware]:
+    return [Middleware(LogAccess, access_log=request_log)] if request_log else []
 
 
 def _file_service(registry: Registry, config: GatewayConfig, accounting: Accounting, relay: Relay) -> FileService:

@@ -65,6 +65,14 @@ def test_a_content_that_is_not_published_leaves_nothing_behind(contents: Content
         writer.write(b"x" * 20_000_000)
         raise RuntimeError
     assert everything(contents) == []
+    location = str(contents.location)
+    if location.startswith("s3://"):
+        import s3fs
+
+        transfers = s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket=location.split("/")[2])
+        assert not transfers.get("Uploads"), (
+            "an object store keeps, and charges for, parts of a transfer that nobody aborts"
+        )
 
 
 def test_a_file_larger_than_the_disk_is_refused_before_it_is_written(tmp_path: Path) -> None:
