@@ -21,6 +21,10 @@ TandemError
 │   ├── IllegalTransitionError  an action that a job's state does not allow
 │   ├── LeaseLostError      a write of a worker or dispatcher that does not hold the lease any more
 │   └── IdempotencyConflictError  an idempotency key that belongs to another request
+├── FileError            an uploaded file, or an upload in parts, that cannot be used
+│   ├── UnknownFileError    no file or upload of that id
+│   ├── FileInUseError      a job that has not ended reads it
+│   └── FileQuotaError      its tenant has no bytes left
 ├── AuthError            an API key that cannot be made or changed
 │   └── UnknownKeyError     no API key of that id or name
 ├── EngineError          an engine that cannot start or go on
@@ -71,6 +75,26 @@ class StorageError(TandemError):
 
 class UnsafePathError(StorageError):
     """A file or folder that another user of the machine owns or can change, where only this user's may be trusted."""
+
+
+class FileError(TandemError):
+    """An uploaded file, or an upload in parts, that cannot be used. `param`: the field of a request that is at fault."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownFileError(FileError):
+    """No file or upload has that id, or another tenant has it."""
+
+
+class FileInUseError(FileError):
+    """A file that a job reads which has not ended."""
+
+
+class FileQuotaError(FileError):
+    """A file for which its tenant has no bytes left."""
 
 
 class AuthError(TandemError):

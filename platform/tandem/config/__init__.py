@@ -13,6 +13,7 @@ from tandem.config.serving.app import (
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batch import BatchConfig
 from tandem.config.serving.caps import RequestCaps
+from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
 from tandem.config.serving.tls import TlsConfig
@@ -37,6 +38,7 @@ __all__ = [
     "DpoConfig",
     "EvaluationConfig",
     "FaultsConfig",
+    "FilesConfig",
     "GatewayConfig",
     "ListenConfig",
     "LoraConfig",

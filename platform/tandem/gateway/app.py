@@ -16,6 +16,8 @@ from starlette.routing import BaseRoute, Mount
 from tandem.auth import KeyStore
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.engine.routes import ENGINE_ROUTES
+from tandem.files.content import ContentStore
+from tandem.files.uploads import UploadStore
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.accounting.day_usage import DayUsage
@@ -23,6 +25,8 @@ from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
+from tandem.gateway.files.service import FileService
+from tandem.gateway.files.upkeep import Upkeep
 from tandem.gateway.identity.parts import Identity
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.models.catalog import Catalog
@@ -34,15 +38,19 @@ from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
 from tandem.gateway.routes.document import document_route
+from tandem.gateway.routes.files import FileRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
 from tandem.serve.app_tls import ClientTls
+from tandem.settings import settings
+from tandem.storage import join, located
 from tandem.usage import UsageStore, UsageWriter
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
@@ -97,36 +105,37 @@ def create_app(
     request_log = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
+    files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
-            async with _run_services(request_log, identity, accounting, catalog, relay, fleet, demand_report):
+            async with _run_services(
+                request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report
+            ):
                 yield
         finally:
-            for closeable in (usage, day_usage, key_routes):
+            for closeable in (usage, day_usage, key_routes, files):
                 closeable.close()
 
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
+            *FileRoutes(files).routes(),
+            *UploadRoutes(files).routes(),
             document_route(ENGINE_ROUTES, administration, PREFIX),
             Mount(PREFIX, administration),
         ],
-        middleware=[
-            *([Middleware(LogAccess, access_log=request_log)] if request_log else []),
-            *browser_middleware(config.cors_origins),
-            authentication,
-        ],
+        middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
         lifespan=lifespan,
         exception_handlers=EXCEPTION_HANDLERS,
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
-    app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
+    app.state.identity, app.state.catalog, app.state.relay, app.state.files = identity, catalog, relay, files
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
@@ -145,6 +154,18 @@ def _administration(
     UsageRoutes(usage, keys, config.retry_after_s).add_to(app)
     key_routes.add_to(app)
     return app, key_routes
+
+
+def _log_middleware(request_log: AccessLog | None) -> list[Middleware]:
+    return [Middleware(LogAccess, access_log=request_log)] if request_log else []
+
+
+def _file_service(registry: Registry, config: GatewayConfig, accounting: Accounting, relay: Relay) -> FileService:
+    """Uploaded files; their contents are in a folder for each database, since those without a record are removed."""
+    location = config.files.location or settings().root / "files"
+    contents = ContentStore(join(located(location), registry.identity[:12]))
+    upkeep = Upkeep(UploadStore.at(registry.address), contents)
+    return FileService(UploadStore.at(registry.address), contents, config, accounting, relay.held_bytes, upkeep)
 
 
 def _accounting(

@@ -8,6 +8,7 @@ from typing import Any
 from tandem.config import check
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.caps import RequestCaps
+from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
 from tandem.config.serving.tls import TlsConfig
@@ -141,6 +142,7 @@ class GatewayConfig:
     strict: bool = False
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
     caps: RequestCaps = field(default_factory=RequestCaps)
+    files: FilesConfig = field(default_factory=FilesConfig)
     allow: tuple[str, ...] = ()
     """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
     chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,

@@ -1,0 +1,53 @@
+"""Check of a content in a child process: a line of 10 MB does not stop the threads of the process that asks."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+
+from tandem.errors import FileError
+from tandem.files.checks.report import Finding, Report
+from tandem.files.records import Purpose
+from tandem.settings import child_environment
+
+
+class ContentCheck:
+    """Runs one check at a time; `kill` ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, purpose: Purpose, location: str, timeout_s: float) -> Report:
+        """The report on a content. One that takes longer than `timeout_s` is a finding; FileError if the child was killed."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tandem.files.checks", purpose.value, location],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=child_environment(),
+        )
+        with self._lock:
+            self._process = process
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            message = f"The content could not be checked within {timeout_s:g} s. Split the file."
+            return Report(num_lines=0, num_rows=0, findings=(Finding(code="timeout", message=message),), num_findings=1)
+        finally:
+            with self._lock:
+                self._process = None
+        if process.returncode:
+            last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
+            raise FileError(f"The check of {location} ended with {process.returncode}: {last_line[:300]}")
+        return Report.from_json(output)
+
+    def kill(self) -> None:
+        """End the check that runs."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._process is not None:
+                self._process.kill()
