@@ -33,12 +33,12 @@ class FineTuningConfig:
     """Epochs that a client may request at most."""
 
     def __post_init__(self) -> None:
-        check.at_least("fine_tuning.workers", self.workers, 1)
+        check.at_least("gateway.fine_tuning.workers", self.workers, 1)
         if self.min_workers is not None:
-            check.between("fine_tuning.min_workers", self.min_workers, 1, self.workers)
-        check.between("fine_tuning.rank", self.rank, 1, 512)
-        check.at_least("fine_tuning.sequence_length", self.sequence_length, 8)
-        check.at_least("fine_tuning.checkpoints", self.checkpoints, 0)
-        check.at_least("fine_tuning.max_epochs", self.max_epochs, 1)
-        check.one_of("fine_tuning.precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
-        check.at_least("fine_tuning.learning_rate", self.learning_rate, 1e-12)
+            check.between("gateway.fine_tuning.min_workers", self.min_workers, 1, self.workers)
+        check.between("gateway.fine_tuning.rank", self.rank, 1, 512)
+        check.at_least("gateway.fine_tuning.sequence_length", self.sequence_length, 8)
+        check.at_least("gateway.fine_tuning.checkpoints", self.checkpoints, 0)
+        check.at_least("gateway.fine_tuning.max_epochs", self.max_epochs, 1)
+        check.one_of("gateway.fine_tuning.precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
+        check.at_least("gateway.fine_tuning.learning_rate", self.learning_rate, 1e-12)

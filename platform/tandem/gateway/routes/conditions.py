@@ -24,6 +24,15 @@ def condition_of(request: Request) -> Condition:
         raise ApiError(
             400, '`If-Match` must be one id in quotes, such as "my-adapter@1", as `ETag` has it.', param="If-Match"
         )
+    key = idempotency_key_of(request)
+    return Condition(
+        expected=None if expected == "*" else expected[1:-1],
+        once=None if key is None else _digest(principal_of(request.scope).key_id, path_below(request.scope), key),
+    )
+
+
+def idempotency_key_of(request: Request) -> str | None:
+    """The header `Idempotency-Key`; None without one, ApiError 400 for one that is too long."""
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= LONGEST_KEY:
         raise ApiError(
@@ -31,10 +40,7 @@ def condition_of(request: Request) -> Condition:
             f"`Idempotency-Key` has {len(key)} characters; it must have 1 to {LONGEST_KEY}.",
             param="Idempotency-Key",
         )
-    return Condition(
-        expected=None if expected == "*" else expected[1:-1],
-        once=None if key is None else _digest(principal_of(request.scope).key_id, path_below(request.scope), key),
-    )
+    return key
 
 
 def _digest(*parts: str | None) -> str:

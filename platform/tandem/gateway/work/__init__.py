@@ -1,0 +1,1 @@
+"""Durable work at the gateway: services of jobs that routes share."""

@@ -1,0 +1,124 @@
+"""Calls to the store of work from a route: in threads of their own, with its errors as ApiErrors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from tandem.auth.principal import Principal, Role
+from tandem.auth.tenants import DEFAULT_TENANT
+from tandem.errors import (
+    ConfigError,
+    FileError,
+    IdempotencyConflictError,
+    IllegalTransitionError,
+    JobError,
+    RegistryError,
+    RegistryUnreachableError,
+    StorageError,
+    UnknownFileError,
+    UnknownJobError,
+)
+from tandem.gateway.errors import ApiError, no_registry
+from tandem.gateway.identity.authentication import principal_of
+from tandem.gateway.requests.request_body import parse_body, read_body
+from tandem.gateway.routes.conditions import idempotency_key_of
+from tandem.gateway.routes.management import invalid_value_error
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+THREADS = 4
+ANSWER_S = 30.0
+"""Seconds that the database may take; then the client gets 503."""
+MAX_BODY_BYTES = 64 * 1024
+UPLOAD_TIMEOUT_S = 30.0
+
+
+class WorkCalls:
+    """Threads and error answers of one gateway's routes for jobs."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        self._retry_after_s = retry_after_s
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="work-routes")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def __call__(self, work: Callable[..., T], *args: object, **options: object) -> T:
+        """Blocking work; its errors as ApiErrors, 503 if it does not end within `ANSWER_S`."""
+        call = functools.partial(work, *args, **options)
+        with self._api_errors():
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+            except TimeoutError:
+                raise no_registry(f"The database did not answer within {ANSWER_S:g} s", self._retry_after_s) from None
+
+    @contextlib.contextmanager
+    def _api_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UnknownJobError as error:
+            raise ApiError(404, str(error), code="job_not_found") from None
+        except IllegalTransitionError as error:
+            raise ApiError(400, str(error), code="illegal_state") from None
+        except IdempotencyConflictError as error:
+            raise ApiError(409, str(error), code="idempotency_conflict", headers={"x-should-retry": "false"}) from None
+        except (UnknownFileError, FileError) as error:
+            raise ApiError(400, str(error), code="invalid_file", param=error.param) from None
+        except RegistryUnreachableError as error:
+            raise no_registry(str(error), self._retry_after_s) from None
+        except (JobError, ConfigError, RegistryError) as error:
+            raise ApiError(400, str(error)) from None
+        except StorageError as error:
+            raise ApiError(503, str(error), code="storage_unavailable") from None
+
+
+async def read_model(request: Request, model: type[M]) -> M:
+    """The body of a request as a wire model; ApiError 400 that names the first field which does not fit."""
+    body = parse_body(await read_body(request, MAX_BODY_BYTES, UPLOAD_TIMEOUT_S))
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        problem: dict[str, Any] = {**error.errors(include_url=False, include_context=False)[0]}
+        raise invalid_value_error({**problem, "loc": ("body", *problem["loc"])}, model) from None
+
+
+def tenant_of(principal: Principal) -> str:
+    """The tenant that a caller's jobs belong to; without a key the default one."""
+    return principal.tenant or DEFAULT_TENANT
+
+
+def check_trainer(principal: Principal) -> None:
+    """ApiError 403 for a key that may not train."""
+    if principal.key_id and not principal.role.includes(Role.TRAINER):
+        raise ApiError(
+            403,
+            f"The key {principal.key_id} has the role {principal.role}; fine-tuning jobs need the role {Role.TRAINER}.",
+            code="insufficient_permissions",
+        )
+
+
+def once_of(request: Request) -> str | None:
+    """The idempotency key of a request, which counts for its caller and path; None without one."""
+    key = idempotency_key_of(request)
+    return None if key is None else "\0".join((principal_of(request.scope).key_id, request.url.path, key))
+
+
+def page_limit(request: Request, default: int, most: int) -> int:
+    """`limit` of a list; ApiError 400 for one that is not from 1 to `most`."""
+    text = request.query_params.get("limit")
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= most):
+        raise ApiError(400, f"`limit` must be a number from 1 to {most}.", param="limit")
+    return int(text)
