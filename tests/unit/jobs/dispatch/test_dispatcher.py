@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from tandem.errors import JobError, LeaseLostError
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
+from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.runners.processes import ProcessRunner
 from tandem.jobs.work.clock import ManualClock
 from tandem.jobs.work.records import Job, Resources
@@ -133,6 +134,21 @@ def test_a_dispatcher_that_stalls_while_it_starts_jobs_claims_none(
     assert world.starts() == {f"{job.id}.1": 1}
 
 
+def test_a_start_that_comes_after_the_cancel_of_its_job_starts_nothing(
+    store: JobStore, world: World, clock: ManualClock
+) -> None:
+    job = store.submit(script("a", LONG)).job
+    claimed = store.claim(job.id, "a dispatcher that stalls before it starts the job", 30.0)
+    assert claimed is not None
+    store.cancel(job.id)
+    runner = world.runner()
+    with dispatching(store, runner) as dispatcher:
+        assert dispatcher.round()
+    assert store.get(job.id).state is State.CANCELLED
+    assert runner.state(world.runner().start(claimed)) == RunStatus(state=RunState.STOPPED)
+    assert world.starts() == {}
+
+
 # ---- death at any point ----
 
 
@@ -230,7 +246,6 @@ from dispatch_world import World
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.work.store import JobStore
-from tandem.settings import child_environment
 runner = World(Path(sys.argv[2])).runner()
 dispatcher = Dispatcher(JobStore(sys.argv[1]), {"process": runner}, lambda: Capacity(cpus=4.0), lease_s=0.5)
 print("ready", flush=True)
