@@ -66,11 +66,15 @@ class JobClient:
     def _ask(self, request: Callable[[], T]) -> T:
         return ask_dashboard(self.cluster.dashboard_url, request)
 
-    def submit(self, job: RunFolder) -> str:
-        """Submit a prepared job or sweep, unless it runs already; returns the id of the submission."""
+    def submit(self, job: RunFolder, *, submission: str | None = None) -> str:
+        """Submit a prepared job or sweep, unless it runs already; returns the id of the submission.
+
+        `submission`: the id to submit it with, unless the cluster has it already; None: the next one of the job.
+        """
         if running := self.running(job):
             return running
-        submission = f"{job.id}.{len(job.submissions()) + 1}"
+        is_given = submission is not None
+        submission = submission or f"{job.id}.{len(job.submissions()) + 1}"
         python = sys.executable if self.cluster.local else "python"
         variables = {
             "TANDEM_HOME": str(settings().root),
@@ -91,8 +95,8 @@ class JobClient:
         calls = itertools.count()
 
         def submit() -> None:
-            if next(calls) and self._state(submission) is not None:
-                return  # the call before this one was received, and its answer lost
+            if (is_given or next(calls)) and self._state(submission) is not None:
+                return  # a call before this one was received, and its answer lost
             self._ray.submit_job(
                 entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
                 submission_id=submission,
@@ -101,12 +105,22 @@ class JobClient:
             )
 
         self._ask(submit)
-        job.add_submission(submission, self.cluster.dashboard_url)
+        if all(each["id"] != submission for each in job.submissions()):
+            job.add_submission(submission, self.cluster.dashboard_url)
         return submission
 
     def state(self, submission: str) -> JobState | None:
         """State of a submission on the cluster; None if the cluster does not know it."""
         return self._ask(lambda: self._state(submission))
+
+    def known_state(self, submission: str) -> JobState | None:
+        """`state`, and ClusterError where the dashboard fails to say: nothing is taken for lost because it is in trouble."""
+        try:
+            return _STATES[str(self._ask(lambda: self._ray.get_job_status(submission)).value)]
+        except RuntimeError as error:
+            if "status code 404" in str(error):
+                return None
+            raise ClusterError(f"Ray's dashboard at {self.cluster.dashboard_url} refused: {error}") from error
 
     def _state(self, submission: str) -> JobState | None:
         try:

@@ -30,6 +30,11 @@ class WorkConnection(RegistryConnection):
         """The same database by another clock, on connections of its own."""
         return type(self)(self.url, identity=self.identity, timeouts=self._timeouts, clock=clock)
 
+    def now(self) -> datetime:
+        """The time by the clock of leases and deadlines."""
+        with self._reading() as session:
+            return self.clock.now(session.connection())
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[tuple[Session, datetime]]:
         """A transaction that writes, and the time.

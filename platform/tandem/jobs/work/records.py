@@ -102,6 +102,22 @@ class Job:
         return f"{self.id}.{self.attempt}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PastRun:
+    """The history of a job that ran before it was in the database."""
+
+    state: State
+    attempt: int
+    """Times that it was started."""
+    handle: str | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    error: str | None
+    result: Mapping[str, Any] | None
+    events: tuple[Event, ...]
+
+
 class Submitted(NamedTuple):
     """A job after its submission."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from tandem.errors import IdempotencyConflictError, JobError
 from tandem.ids import fingerprint
 from tandem.jobs.work.connection import WorkConnection
 from tandem.jobs.work.event_log import append_events
-from tandem.jobs.work.records import JobSubmission, Submitted
+from tandem.jobs.work.records import JobSubmission, PastRun, Submitted
 from tandem.jobs.work.rows import job_values, request_digest, to_job
 from tandem.jobs.work.states import Action, State
 from tandem.jobs.work.transitions import change_state
@@ -33,15 +33,44 @@ class JobSubmissions(WorkConnection):
         another request, JobError where the id is taken.
         """
         with self._transaction() as (session, now):
-            dialect: Any = postgresql if session.connection().dialect.name == "postgresql" else sqlite
-            # One statement: of two that insert the same job at once, the second waits, and then inserts nothing.
-            statement = dialect.insert(JobRow).values(**job_values(submission, now)).on_conflict_do_nothing()
-            number = session.execute(statement.returning(JobRow.number)).scalar_one_or_none()
-            if number is None:
+            row = _insert(session, job_values(submission, now))
+            if row is None:
                 return Submitted(to_job(_earlier(session, submission, now)), False)
-            row = session.get_one(JobRow, number)
             append_events(session, row, [StateChanged(to_state=row.state, action="submit")], now)
             return Submitted(to_job(row), True)
+
+    def record(self, submission: JobSubmission, past: PastRun) -> bool:
+        """Store a job that ran before, with its events; False where it is known, and left as it is.
+
+        One that runs has no lease yet: a dispatcher takes it over.
+        """
+        with self._transaction() as (session, now):
+            history = {
+                "state": past.state.value,
+                "attempt": past.attempt,
+                "handle": past.handle,
+                "created_at": past.created_at,
+                "started_at": past.started_at,
+                "ended_at": past.ended_at,
+                "error": past.error,
+                "result": None if past.result is None else dict(past.result),
+                "workers": submission.resources.max_workers if past.state.active else None,
+            }
+            row = _insert(session, job_values(submission, now) | history)
+            if row is None:
+                return False
+            recorded = StateChanged(to_state=row.state, action="import", attempt=row.attempt)
+            append_events(session, row, [*past.events, recorded], now)
+            return True
+
+
+def _insert(session: Session, values: Mapping[str, Any]) -> JobRow | None:
+    """The row of a new job; None where its id, content or idempotency key is there already."""
+    dialect: Any = postgresql if session.connection().dialect.name == "postgresql" else sqlite
+    # One statement: of two that insert the same job at once, the second waits, and then inserts nothing.
+    statement = dialect.insert(JobRow).values(**values).on_conflict_do_nothing()
+    number = session.execute(statement.returning(JobRow.number)).scalar_one_or_none()
+    return None if number is None else session.get_one(JobRow, number)
 
 
 def _earlier(session: Session, submission: JobSubmission, now: datetime) -> JobRow:

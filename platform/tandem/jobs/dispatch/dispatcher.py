@@ -1,0 +1,205 @@
+"""Dispatcher: one leader that starts, watches and stops the jobs of a cluster, and adopts those of the leader before it.
+
+Each round it renews its leadership and the leases of its jobs, reconciles every active job with its runner, then starts what the
+decider chooses. All of its state is in the database and with the runners. It can be killed at any point: a claimed job that was
+not started is started by the next leader, one that was started is found by its name, and one that ended is recorded then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+
+from tandem.errors import LeaseLostError, TandemError
+from tandem.jobs.dispatch import reconcile
+from tandem.jobs.dispatch.decisions import Capacity, Decide, Preempt, Start, Wait, first_come_first_served
+from tandem.jobs.dispatch.runner import Runner
+from tandem.jobs.work.leader import DISPATCHER, Leadership, Term
+from tandem.jobs.work.records import Job, Lease
+from tandem.jobs.work.states import Action, is_legal
+from tandem.jobs.work.store import JobStore
+
+LEASE_S = 30.0
+"""Seconds after which the jobs and the lead of a dispatcher that died go to another one."""
+POLL_S = 1.0
+"""Seconds between two rounds."""
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """The dispatcher of one process; of several on one database, one leads and the others wait."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        runners: Mapping[str, Runner],
+        capacity: Callable[[], Capacity],
+        *,
+        decide: Decide = first_come_first_served,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        """`runners`: by the name that jobs give; a job that names another one fails. `capacity`: of the cluster, now."""
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._store = store
+        self._leadership = Leadership(store.url, identity=store.identity, clock=store.clock)
+        self._runners = runners
+        self._capacity = capacity
+        self._decide = decide
+        self._lease_s = lease_s
+        self._term: Term | None = None
+        self._held: dict[str, Lease] = {}
+        """Leases of this process, by the ids of their jobs."""
+        self._renewed_at = 0.0
+        """Monotonic clock."""
+
+    def run(self, stop: threading.Event, *, poll_s: float = POLL_S) -> None:
+        """Rounds until `stop` is set; then the lead goes to another process at once. Jobs go on running."""
+        while not stop.is_set():
+            try:
+                self.round()
+            except LeaseLostError as error:
+                log.warning("The lead was lost: %s", error)
+                self._forget()
+            except TandemError as error:
+                # The database or the cluster is away: later it may answer.
+                log.warning("%s", error)
+            stop.wait(poll_s)
+        self.resign()
+
+    def resign(self) -> None:
+        """Let another process lead at once."""
+        if self._term is not None:
+            self._leadership.resign(self._term)
+        self._forget()
+
+    def close(self) -> None:
+        """Close the dispatcher's own connections; the store stays open."""
+        self._leadership.close()
+
+    def round(self) -> bool:
+        """One round; False while another process leads. LeaseLostError where another one has taken the lead meanwhile."""
+        if not self._lead():
+            return False
+        self._store.expire_overdue()
+        for job in self._adopt(self._store.active()):
+            self._keep_leases()
+            self._reconcile(job)
+        self._start_waiting()
+        return True
+
+    def _lead(self) -> bool:
+        term = self._leadership.acquire(DISPATCHER, self.owner, self._lease_s)
+        if term != self._term:
+            self._held.clear()
+        self._term = term
+        if term is None:
+            return False
+        self._renewed_at = time.monotonic()
+        if self._held:
+            for lost in self._store.renew(list(self._held.values()), self._lease_s).lost:
+                self._held.pop(lost.id, None)
+        return True
+
+    def _keep_leases(self) -> None:
+        """Renew in good time within a round: calls of runners may take seconds each."""
+        if time.monotonic() - self._renewed_at > self._lease_s / 3 and not self._lead():
+            raise LeaseLostError(f"{self.owner} was too slow to renew its lead. It waits until it leads again.")
+
+    def _forget(self) -> None:
+        self._term = None
+        self._held.clear()
+
+    def _adopt(self, active: list[Job]) -> list[Job]:
+        """Active jobs, each with a lease of this process: those of others are taken over."""
+        adopted = []
+        for job in active:
+            if job.lease is not None and self._held.get(job.id) == job.lease:
+                adopted.append(job)
+            elif (taken := self._store.take_over(job.id, self.owner, self._lease_s, term=self._term)) is not None:
+                self._hold(taken)
+                adopted.append(taken)
+        return adopted
+
+    def _hold(self, job: Job) -> None:
+        assert job.lease is not None
+        self._held[job.id] = job.lease
+
+    def _reconcile(self, job: Job) -> None:
+        """Take the next step of one job. What its runner or its lease refuses delays no other job."""
+        lease = self._held[job.id]
+        try:
+            runner = self._runners.get(job.runner)
+            if runner is None:
+                known = ", ".join(sorted(self._runners)) or "none"
+                self._store.fail(lease, f"There is no runner {job.runner!r}; known: {known}.", retryable=False)
+                return
+            handle = job.handle or runner.find(job)
+            status = None if handle is None else runner.state(handle)
+            self._take(reconcile.next_step(job, handle, status), job, lease, runner)
+        except LeaseLostError as error:
+            log.warning("%s", error)
+            self._held.pop(job.id, None)
+        except TandemError as error:
+            log.warning("Job %s: %s It is tried again in the next round.", job.id, error)
+
+    def _take(self, step: reconcile.Step | None, job: Job, lease: Lease, runner: Runner) -> None:
+        match step:
+            case reconcile.StartRun():
+                self._start(job, lease, runner)
+            case reconcile.RecordStarted(handle=handle):
+                self._store.started(lease, handle)
+            case reconcile.RecordFinished(result=result):
+                self._store.finish(lease, result)
+            case reconcile.RecordFailed(error=error, retryable=retryable):
+                self._store.fail(lease, error, retryable=retryable)
+            case reconcile.StopRun():
+                runner.stop(job)
+            case reconcile.AbandonRun():
+                runner.stop(job)
+                self._store.stopped(lease)
+            case reconcile.RecordStopped():
+                self._store.stopped(lease)
+            case None:
+                return
+
+    def _start(self, job: Job, lease: Lease, runner: Runner) -> None:
+        """Start an attempt; where that fails and nothing was started, the attempt has failed."""
+        try:
+            handle = runner.start(job)
+        except TandemError as error:
+            if runner.find(job) is None:
+                runner.stop(job)
+                self._store.fail(lease, f"It could not be started: {error}")
+                return
+            raise
+        self._store.started(lease, handle)
+
+    def _start_waiting(self) -> None:
+        waiting = self._store.waiting()
+        if not waiting:
+            return
+        running = self._store.active()
+        by_id = {job.id: job for job in (*waiting, *running)}
+        reasons: dict[str, str] = {}
+        for decision in self._decide(waiting, running, self._capacity(), self._store.now()):
+            match decision:
+                case Start(job_id=job_id, workers=workers):
+                    self._keep_leases()
+                    claimed = self._store.claim(job_id, self.owner, self._lease_s, workers=workers, term=self._term)
+                    if claimed is not None:
+                        self._hold(claimed)
+                        self._reconcile(claimed)
+                case Preempt(job_id=job_id, reason=reason):
+                    if is_legal(by_id[job_id].kind, by_id[job_id].state, Action.PREEMPT):
+                        self._store.preempt(job_id, reason=reason)
+                case Wait(job_id=job_id, reason=reason):
+                    if by_id[job_id].reason != reason:
+                        reasons[job_id] = reason
+        if reasons:
+            self._store.explain(reasons)

@@ -1,0 +1,79 @@
+"""Runner of training jobs and sweeps as Ray Jobs.
+
+The submission id is the name of the attempt, and a Ray cluster takes each id once: an attempt that a dispatcher submitted before
+it died is found by its id, and is not started a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tandem.errors import JobError, sentence
+from tandem.jobs.client import JobClient
+from tandem.jobs.dispatch.runner import RunState, RunStatus
+from tandem.jobs.folder import JobFolder, JobState
+from tandem.jobs.sweep import SweepFolder
+from tandem.jobs.work.records import Job
+from tandem.jobs.work.states import JobKind
+from tandem.observability import codec
+from tandem.observability.events import Failed
+from tandem.settings import settings
+
+Folder = JobFolder | SweepFolder
+
+
+class RayRunner:
+    """See `tandem.jobs.dispatch.runner.Runner`. Handles are Ray's submission ids."""
+
+    def __init__(self, client: Callable[[], JobClient]) -> None:
+        """`client`: of the cluster as it is now; ClusterError where there is none."""
+        self._client = client
+
+    def start(self, job: Job) -> str:
+        """See `Runner`. A submission of the same job that runs already, by command, counts as this attempt."""
+        try:
+            return self._client().submit(_folder(job.id, job.kind), submission=job.run_name)
+        except RuntimeError as error:
+            raise JobError(
+                f"Ray did not take {job.run_name}: {sentence(str(error))} Its dashboard's log says more."
+            ) from error
+
+    def find(self, job: Job) -> str | None:
+        """See `Runner`."""
+        return job.run_name if self._client().known_state(job.run_name) is not None else None
+
+    def state(self, handle: str) -> RunStatus | None:
+        """See `Runner`."""
+        client = self._client()
+        folder = _folder(handle.rpartition(".")[0])
+        match client.known_state(handle):
+            case None | JobState.NEW:
+                return None
+            case JobState.PENDING | JobState.RUNNING:
+                return RunStatus(state=RunState.RUNNING)
+            case JobState.STOPPED:
+                return RunStatus(state=RunState.STOPPED)
+            case JobState.FINISHED:
+                end = folder.finished()
+                return RunStatus(state=RunState.FINISHED, result=None if end is None else codec.to_json(end))
+            case JobState.FAILED:
+                # A driver that ends by itself says why; its own supervision has tried again what was worth it.
+                was_killed = client.was_killed(folder, handle)
+                failed = folder.last(Failed)
+                error = client.message(handle) if was_killed or failed is None else failed.error
+                return RunStatus(state=RunState.FAILED, error=error, retryable=was_killed)
+
+    def stop(self, job: Job) -> None:
+        """See `Runner`. Ray ends a driver that does not leave in the time of `faults.leave_s`."""
+        self._client().stop(job.handle or job.run_name, timeout_s=0.0)
+        _folder(job.id, job.kind).mark_stopped()
+
+
+def _folder(job_id: str, kind: JobKind | None = None) -> Folder:
+    """The folder of a job or sweep; ids of sweeps contain `-sweep-`."""
+    if kind not in (None, JobKind.TRAIN, JobKind.SWEEP):
+        raise JobError(f"{job_id} is of kind {kind}, and the Ray runner runs train and sweep. Name another runner.")
+    sweep = SweepFolder(settings().sweeps_dir / job_id)
+    if kind is JobKind.SWEEP or (kind is None and sweep.path.is_dir()):
+        return sweep
+    return JobFolder(settings().jobs_dir / job_id)
