@@ -45,6 +45,13 @@ class ContentStore:
         """`location`: of this store alone; a subfolder for each database, since contents without a record are removed."""
         self.location = located(location)
 
+    @classmethod
+    def open(cls, identity: str, location: str | None) -> Self:
+        """The store of the registry with an identity, below `gateway.files.location`; None: below TANDEM_HOME."""
+        from tandem.settings import settings  # not for the child process that checks a content
+
+        return cls(join(located(location or settings().root / "files"), identity[:12]))
+
     def writer(self, name: str, expected_bytes: int = 0) -> ContentWriter:
         """A writer of the content `name`; StorageError if `expected_bytes` do not fit on the disk."""
         folder = join(self.location, CONTENTS, name[-2:])

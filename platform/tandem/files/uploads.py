@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import func, select, update
@@ -180,7 +180,7 @@ class UploadStore(FileStore):
             if row is not None:
                 session.delete(row)
 
-    def without_record(self, locations: Sequence[str]) -> set[str]:
+    def without_record(self, locations: Iterable[str]) -> set[str]:
         """Those of the locations that no file and no part has."""
         wanted = super().without_record(locations)
         with self._reading() as session:

@@ -49,8 +49,6 @@ from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
 from tandem.serve.app_tls import ClientTls
-from tandem.settings import settings
-from tandem.storage import join, located
 from tandem.usage import UsageStore, UsageWriter
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
@@ -161,9 +159,8 @@ def _log_middleware(request_log: AccessLog | None) -> list[Middleware]:
 
 
 def _file_service(registry: Registry, config: GatewayConfig, accounting: Accounting, relay: Relay) -> FileService:
-    """Uploaded files; their contents are in a folder for each database, since those without a record are removed."""
-    location = config.files.location or settings().root / "files"
-    contents = ContentStore(join(located(location), registry.identity[:12]))
+    """Uploaded files, with connections of their own to the database."""
+    contents = ContentStore.open(registry.identity, config.files.location)
     upkeep = Upkeep(UploadStore.at(registry.address), contents)
     return FileService(UploadStore.at(registry.address), contents, config, accounting, relay.held_bytes, upkeep)
 

@@ -287,6 +287,28 @@ async def test_a_client_that_goes_silent_gets_408_and_leaves_nothing_behind(file
     assert files.stored() == []
 
 
+async def test_uploads_that_stall_make_room_for_others_in_the_byte_budget(tmp_path: Path) -> None:
+    async with files_world(tmp_path) as files:
+        budget = files.world.app.state.relay.held_bytes
+        budget.limit = 700_000  # one tenant may have half of it
+        ended = asyncio.Event()
+
+        async def stalling() -> AsyncIterator[bytes]:
+            yield FORM_START + b"x" * 300_000
+            await ended.wait()
+
+        stalled = asyncio.create_task(
+            files.world.http.post("/v1/files", content=stalling(), headers=FORM_HEADERS | auth(files.lab))
+        )
+        await until(lambda: budget.held > 300_000)
+        await asyncio.sleep(1.1)  # held_bytes.STALLED_S
+        made = await files.lab.files.create(file=b"y" * 300_000, purpose="user_data")
+        answer = await stalled
+        ended.set()
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "gateway_full"
+        assert [path.name for path in files.stored()] == [made.id] and budget.held == 0
+
+
 async def test_a_full_disk_is_answered_with_503_and_leaves_nothing_behind(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
-from gateway_world import World, echo, world
+from gateway_world import World, echo, running, world
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -18,6 +19,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from starlette.routing import Route
+
+from tandem.config import FilesConfig
 
 __all__ = ["world"]
 ADMIN = {"authorization": "Bearer secret"}
@@ -29,6 +32,7 @@ UNDOCUMENTED = {
     "/v1/responses/{response_id}/input_items",
 }
 """The document itself, and routes that only say that they are not offered."""
+FILES = ("/v1/files", "/v1/uploads")
 EXAMPLES = 20
 """Requests for each operation."""
 
@@ -57,12 +61,31 @@ async def test_the_whole_document_has_every_route(world: World) -> None:
 
 
 @pytest.mark.timeout(300)
+async def test_no_request_for_files_is_a_server_error_or_answered_against_the_document(tmp_path: Path) -> None:
+    config = FilesConfig(location=str(tmp_path / "files"))
+    async with running(tmp_path, files=config) as world:
+        document = (await world.http.get("/openapi.json", headers=ADMIN)).json()
+        document["paths"] = {path: each for path, each in document["paths"].items() if path.startswith(FILES)}
+        asked = await ask_all(document, str(world.http.base_url).rstrip("/"))
+        assert len(asked) == 9
+        for label in ("POST /v1/files", "GET /v1/files", "POST /v1/uploads"):
+            assert 200 in asked[label], asked
+
+
+@pytest.mark.timeout(300)
 async def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(world: World) -> None:
     await world.add_engine(echo())
     world.adapter("red")
     document = (await world.http.get("/admin/openapi.json", headers=ADMIN)).json()
+    asked = await ask_all(document, f"{str(world.http.base_url).rstrip('/')}/admin")
+    assert len(asked) >= 18
+    # Most operations were reached with something that they accept.
+    assert sum(any(status < 300 for status in statuses) for statuses in asked.values()) >= 6, asked
+
+
+async def ask_all(document: dict[str, Any], base_url: str) -> dict[str, set[int]]:
+    """Send requests of every operation of a document, and check the answers; returns the statuses of each."""
     schema = schemathesis.openapi.from_dict(document)
-    base_url = f"{str(world.http.base_url).rstrip('/')}/admin"
     asked: dict[str, set[int]] = {}
 
     def ask(operation: Any) -> None:
@@ -78,6 +101,4 @@ async def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(
     for result in schema.get_all_operations():
         # In a thread: the gateway runs in this loop.
         await asyncio.to_thread(ask, result.ok())
-    assert len(asked) >= 18
-    # Most operations were reached with something that they accept.
-    assert sum(any(status < 300 for status in statuses) for statuses in asked.values()) >= 6, asked
+    return asked

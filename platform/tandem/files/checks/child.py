@@ -19,9 +19,13 @@ class ContentCheck:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed = False
 
     def run(self, purpose: Purpose, location: str, timeout_s: float) -> Report:
-        """The report on a content. One that takes longer than `timeout_s` is a finding; FileError if the child was killed."""
+        """The report on a content. One that takes longer than `timeout_s`, or too much memory, is a finding.
+
+        FileError if the content could not be read, or `kill` ended the check.
+        """
         process = subprocess.Popen(
             [sys.executable, "-m", "tandem.files.checks", purpose.value, location],
             stdin=subprocess.DEVNULL,
@@ -30,17 +34,20 @@ class ContentCheck:
             env=child_environment(),
         )
         with self._lock:
-            self._process = process
+            self._process, self._killed = process, False
         try:
             output, errors = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            message = f"The content could not be checked within {timeout_s:g} s. Split the file."
-            return Report(num_lines=0, num_rows=0, findings=(Finding(code="timeout", message=message),), num_findings=1)
+            return _unchecked("timeout", f"The content could not be checked within {timeout_s:g} s. Split the file.")
         finally:
             with self._lock:
                 self._process = None
+        if process.returncode < 0 and not self._killed:
+            return _unchecked(
+                "killed", f"The check was ended by the signal {-process.returncode}, for its memory perhaps."
+            )
         if process.returncode:
             last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
             raise FileError(f"The check of {location} ended with {process.returncode}: {last_line[:300]}")
@@ -49,5 +56,10 @@ class ContentCheck:
     def kill(self) -> None:
         """End the check that runs."""
         with self._lock, contextlib.suppress(ProcessLookupError):
+            self._killed = True
             if self._process is not None:
                 self._process.kill()
+
+
+def _unchecked(code: str, message: str) -> Report:
+    return Report(num_lines=0, num_rows=0, findings=(Finding(code=code, message=message),), num_findings=1)

@@ -93,7 +93,7 @@ class FileRoutes:
                 size_bytes=stored.size_bytes,
                 sha256=stored.sha256,
                 location=stored.location,
-                lifetime_s=options.expires_after and options.expires_after.seconds,
+                lifetime_s=None if options.expires_after is None else options.expires_after.seconds,
             )
             record = await record_content(
                 service,

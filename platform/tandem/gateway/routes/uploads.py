@@ -74,7 +74,7 @@ class UploadRoutes:
                 purpose=Purpose(body.purpose),
                 filename=checked_filename(body.filename, "filename"),
                 size_bytes=body.bytes,
-                file_lifetime_s=body.expires_after and body.expires_after.seconds,
+                file_lifetime_s=None if body.expires_after is None else body.expires_after.seconds,
                 once=condition_of(request),
             )
             return json_response(to_upload(record))
@@ -82,7 +82,7 @@ class UploadRoutes:
     async def add_part(self, request: Request) -> Response:
         """Add a part: a form with `data`."""
         service, limits = self._service, self._service.config.files
-        async with service.counted(request, f"{PATH}/parts") as principal:
+        async with service.counted(request, f"{PATH}/{{upload_id}}/parts") as principal:
             once, tenant = condition_of(request), tenant_of(principal)
             expected_bytes = max(0, announced_bytes(request) - FRAME_BYTES)
             part_id = new_part_id()
@@ -128,7 +128,7 @@ class UploadRoutes:
     async def complete(self, request: Request) -> Response:
         """Make a file of the parts, in the order of `part_ids`. Sent again with the same parts, it answers the same."""
         service = self._service
-        async with service.counted(request, f"{PATH}/complete") as principal:
+        async with service.counted(request, f"{PATH}/{{upload_id}}/complete") as principal:
             body = await self._read(request, UploadCompletion)
             tenant = tenant_of(principal)
             upload = await service.ask(service.store.upload, request.path_params["upload_id"], tenant)
@@ -165,7 +165,7 @@ class UploadRoutes:
     async def cancel(self, request: Request) -> Response:
         """End an upload; its parts are removed."""
         service = self._service
-        async with service.counted(request, f"{PATH}/cancel") as principal:
+        async with service.counted(request, f"{PATH}/{{upload_id}}/cancel") as principal:
             record = await service.ask(service.store.cancel, request.path_params["upload_id"], tenant_of(principal))
             service.upkeep.upload_ended()
             return json_response(to_upload(record))
