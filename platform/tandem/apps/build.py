@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+from tandem.apps.dispatch import ControlPlane
 from tandem.apps.gateway import Gateway
 from tandem.apps.plan import AppPlan, EngineDeployment, plan
 from tandem.apps.resolve import resolve
@@ -22,7 +23,6 @@ from tandem.engine.engines import find_engine, unsupported_shape
 from tandem.errors import ConfigError
 from tandem.ids import fingerprint
 from tandem.secret_values import without_references
-from tandem.serve.directory import Directory
 from tandem.serve.replica.deployment import EngineReplica
 from tandem.serve.scaling import (
     GATEWAY_ENVIRONMENT,
@@ -89,12 +89,12 @@ def application(planned: AppPlan) -> serve.Application:
     selector = placement_selector()
     # There must be one directory at a time: the old one ends first, and gateways keep the replicas that they know.
     directory = _deployment(
-        Directory,
+        ControlPlane,
         DIRECTORY_NAME,
-        version_of(config.version, registry, config.internal_tls),
+        version_of(config.version, registry, config.gateway.files, config.internal_tls),
         num_cpus=CONTROL_CPUS,
         selector=selector,
-    ).bind(None, registry, None, config.internal_tls)
+    ).bind(registry, config.gateway, config.internal_tls)
     engines = [_engine_application(engine, planned, directory, selector) for engine in planned.engines]
     constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
     more_args = (config.router, fingerprint(settings().admin_token))

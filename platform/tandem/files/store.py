@@ -133,6 +133,11 @@ class FileStore(RegistryConnection):
         session.execute(update(FileRow).where(FileRow.id.in_(removed)).values(num_uses=FileRow.num_uses - 1))
         return None
 
+    def readers(self) -> set[str]:
+        """Ids of the jobs that read files."""
+        with self._reading() as session:
+            return set(session.scalars(select(FileUseRow.job_id).distinct()))
+
     def used_bytes(self, tenant: str) -> int:
         """Bytes of the tenant's files and parts."""
         with self._reading() as session:

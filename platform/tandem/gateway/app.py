@@ -17,6 +17,7 @@ from tandem.auth import KeyStore
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.files.content import ContentStore
+from tandem.files.store import FileStore
 from tandem.files.uploads import UploadStore
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
@@ -39,12 +40,16 @@ from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
 from tandem.gateway.routes.document import document_route
 from tandem.gateway.routes.files import FileRoutes
+from tandem.gateway.routes.fine_tuning import FineTuningRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
+from tandem.gateway.work.calls import WorkCalls
 from tandem.jobs.adapters import Adapters
+from tandem.jobs.fine_tuning.service import FineTuningService
+from tandem.jobs.work.store import JobStore
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
@@ -103,6 +108,7 @@ def create_app(
     request_log = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
+    calls = WorkCalls(config.retry_after_s)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
@@ -114,7 +120,7 @@ def create_app(
             ):
                 yield
         finally:
-            for closeable in (usage, day_usage, key_routes, files):
+            for closeable in (usage, day_usage, key_routes, files, calls):
                 closeable.close()
 
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
@@ -123,6 +129,7 @@ def create_app(
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
             *FileRoutes(files).routes(),
             *UploadRoutes(files).routes(),
+            *FineTuningRoutes(_fine_tuning(registry, config), catalog, calls, config.fine_tuning).routes(),
             document_route(ENGINE_ROUTES, administration, PREFIX),
             Mount(PREFIX, administration),
         ],
@@ -163,6 +170,10 @@ def _file_service(registry: Registry, config: GatewayConfig, accounting: Account
     contents = ContentStore.open(registry.identity, config.files.location)
     upkeep = Upkeep(UploadStore.at(registry.address), contents)
     return FileService(UploadStore.at(registry.address), contents, config, accounting, relay.held_bytes, upkeep)
+
+
+def _fine_tuning(registry: Registry, config: GatewayConfig) -> FineTuningService:
+    return FineTuningService(JobStore.at(registry.address), FileStore.at(registry.address), config.fine_tuning)
 
 
 def _accounting(

@@ -22,7 +22,7 @@ from tandem.cluster.local import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobState, RunFolder
 from tandem.observability.events import Event, Failed, Finished, Started, Stopped
-from tandem.registry import Registry
+from tandem.registry import Registry, RegistryAddress
 from tandem.settings import hub_offline, settings
 
 if TYPE_CHECKING:
@@ -51,11 +51,13 @@ MAX_RESUBMISSIONS = 3
 class JobClient:
     """Client of the jobs of one cluster."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, registry: RegistryAddress | None = None) -> None:
+        """`registry`: the one that jobs use; None: the one that this process's settings name."""
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         self.cluster = cluster
+        self._registry = registry
         try:
             self._ray = ask_dashboard(
                 cluster.dashboard_url, lambda: JobSubmissionClient(cluster.dashboard_url), FIRST_ANSWER_S
@@ -82,12 +84,13 @@ class JobClient:
             # Seconds until Ray kills a stopped job, which needs some for a last checkpoint.
             "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_MARGIN_S),
         }
-        if url := settings().database_url:
-            variables["TANDEM_DATABASE_URL"] = url
+        registry = self._registry or Registry.open().address
+        if self._registry is not None or settings().database_url:
+            variables["TANDEM_DATABASE_URL"] = registry.url
         if hub_offline():
             variables["HF_HUB_OFFLINE"] = "1"
         # The driver may run on any node: one that does not see this registry must not create another.
-        variables["TANDEM_REGISTRY_ID"] = Registry.open().identity
+        variables["TANDEM_REGISTRY_ID"] = registry.identity
         runtime_env: dict[str, Any] = {"env_vars": variables}
         if not self.cluster.local:
             # A cluster of other machines may lack Tandem, or have another version.

@@ -9,6 +9,7 @@ from tandem.config import check
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.files import FilesConfig
+from tandem.config.serving.fine_tuning import FineTuningConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
 from tandem.config.serving.tls import TlsConfig
@@ -143,6 +144,7 @@ class GatewayConfig:
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
     caps: RequestCaps = field(default_factory=RequestCaps)
     files: FilesConfig = field(default_factory=FilesConfig)
+    fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
     allow: tuple[str, ...] = ()
     """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
     chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,

@@ -68,7 +68,9 @@ class FineTuningRoutes:
         principal = principal_of(request.scope)
         check_trainer(principal)
         if not self._platform.enabled:
-            raise ApiError(403, "Fine-tuning is switched off here (gateway.fine_tuning.enabled).", code="fine_tuning_disabled")
+            raise ApiError(
+                403, "Fine-tuning is switched off here (gateway.fine_tuning.enabled).", code="fine_tuning_disabled"
+            )
         creation = await read_model(request, FineTuningCreation)
         model = await self._catalog.resolve(creation.model, principal)
         if model.adapter is not None:
@@ -79,7 +81,18 @@ class FineTuningRoutes:
                 param="model",
             )
         served = model.base
-        base = Base(name=creation.model, id=served.id if served.created else served.path)
+        if not served.config.max_adapters:
+            raise ApiError(
+                400,
+                f"{creation.model} is served without adapters (models[].max_adapters is 0), so a result could not be called.",
+                code="model_not_fine_tunable",
+                param="model",
+            )
+        base = Base(
+            name=creation.model,
+            id=served.id if served.created else served.path,
+            max_rank=served.config.max_lora_rank,
+        )
         job = await self._calls(
             self._service.create,
             creation,

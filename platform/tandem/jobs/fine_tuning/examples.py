@@ -67,7 +67,7 @@ def sizes_of(index: DatasetIndex, folder: Path, tokenizer: Path, *, longest: int
     rows = sum(len(spec.rows(read_samples([shard]))) for shard in shards)
     if not rows:
         raise DataError(
-            f"No example has anything to learn within {length} tokens, which the model or `gateway.fine_tuning.sequence_length` allows: "
-            "the assistant speaks after that. Shorten the examples."
+            f"No example has anything to learn within {length} tokens, which the model or `gateway.fine_tuning.sequence_length` "
+            "allows: the assistant speaks after that. Shorten the examples."
         )
     return Sizes(examples=index.samples, sequence_length=length, rows=rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.api.openai import fine_tuning as wire
@@ -14,7 +14,7 @@ from tandem.errors import FileError, JobError, UnknownFileError, UnknownJobError
 from tandem.files.records import FileRecord, FileStatus, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.fine_tuning.reports import checkpoints
-from tandem.jobs.fine_tuning.stored import TYPE, hyperparameters_of, is_fine_tuning
+from tandem.jobs.fine_tuning.stored import RUNNER, TYPE, hyperparameters_of, is_fine_tuning
 from tandem.jobs.fine_tuning.view import PREFIX, checkpoint_to_wire, events_to_wire, job_to_wire
 from tandem.jobs.work.records import Job, JobSubmission, Resources
 from tandem.jobs.work.states import Action, JobKind
@@ -32,6 +32,8 @@ class Base:
     """As the client gave it."""
     id: str
     """Of the registry, or the folder of one that is not registered."""
+    max_rank: int
+    """Largest rank of an adapter that its replicas take."""
 
 
 class FineTuningService:
@@ -76,6 +78,7 @@ class FineTuningService:
                     spec=self._spec(creation, base, files),
                     tenant=tenant,
                     key_id=key_id,
+                    runner=RUNNER,
                     idempotency_key=idempotency_key,
                     resources=self._resources(),
                 )
@@ -162,7 +165,7 @@ class FineTuningService:
             "model": base.name,
             "base": base.id,
             "locations": {param: file.location for param, file in files.items()},
-            "platform": to_dict(self._platform),
+            "platform": to_dict(replace(self._platform, rank=min(self._platform.rank, base.max_rank))),
         }
 
     def _resources(self) -> Resources:

@@ -15,7 +15,9 @@ from tandem.jobs.fine_tuning.spec import FineTuningSpec, Hyperparameters, Method
 from tandem.jobs.work.records import Job
 
 TYPE = "fine_tuning"
-"""`type` in the specification of such jobs, by which runners know them."""
+"""`type` in the specification of such jobs."""
+RUNNER = "fine_tuning"
+"""Name of the runner that such jobs give."""
 
 
 def is_fine_tuning(job: Job) -> bool:

@@ -32,7 +32,7 @@ class RayRunner:
     def start(self, job: Job) -> str:
         """See `Runner`. A submission of the same job that runs already, by command, counts as this attempt."""
         try:
-            return self._client().submit(_folder(job.id, job.kind), submission=job.run_name)
+            return self._client().submit(self._folder(job.id, job.kind), submission=job.run_name)
         except RuntimeError as error:
             raise JobError(
                 f"Ray did not take {job.run_name}: {sentence(str(error))} Its dashboard's log says more."
@@ -45,7 +45,7 @@ class RayRunner:
     def state(self, handle: str) -> RunStatus | None:
         """See `Runner`."""
         client = self._client()
-        folder = _folder(handle.rpartition(".")[0])
+        folder = self._folder(job_id_of(handle))
         match client.known_state(handle):
             case None | JobState.NEW:
                 return None
@@ -66,14 +66,18 @@ class RayRunner:
     def stop(self, job: Job) -> None:
         """See `Runner`. Ray ends a driver that does not leave in the time of `faults.leave_s`."""
         self._client().stop(job.handle or job.run_name, timeout_s=0.0)
-        _folder(job.id, job.kind).mark_stopped()
+        self._folder(job.id, job.kind).mark_stopped()
+
+    def _folder(self, job_id: str, kind: JobKind | None = None) -> Folder:
+        """The folder of a job or sweep; ids of sweeps contain `-sweep-`."""
+        if kind not in (None, JobKind.TRAIN, JobKind.SWEEP):
+            raise JobError(f"{job_id} is of kind {kind}, and the Ray runner runs train and sweep. Name another runner.")
+        sweep = SweepFolder(settings().sweeps_dir / job_id)
+        if kind is JobKind.SWEEP or (kind is None and sweep.path.is_dir()):
+            return sweep
+        return JobFolder(settings().jobs_dir / job_id)
 
 
-def _folder(job_id: str, kind: JobKind | None = None) -> Folder:
-    """The folder of a job or sweep; ids of sweeps contain `-sweep-`."""
-    if kind not in (None, JobKind.TRAIN, JobKind.SWEEP):
-        raise JobError(f"{job_id} is of kind {kind}, and the Ray runner runs train and sweep. Name another runner.")
-    sweep = SweepFolder(settings().sweeps_dir / job_id)
-    if kind is JobKind.SWEEP or (kind is None and sweep.path.is_dir()):
-        return sweep
-    return JobFolder(settings().jobs_dir / job_id)
+def job_id_of(handle: str) -> str:
+    """The job of an attempt."""
+    return handle.rpartition(".")[0]

@@ -1,0 +1,136 @@
+"""Dispatch of jobs in an app: the dispatcher with its runners, in a thread of the directory's process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import ray
+
+from tandem.cluster.local import Cluster
+from tandem.config import GatewayConfig
+from tandem.errors import ClusterError, TandemError, UnknownJobError
+from tandem.files.content import ContentStore
+from tandem.files.store import FileStore
+from tandem.jobs.client import JobClient
+from tandem.jobs.dispatch.decisions import Capacity
+from tandem.jobs.dispatch.dispatcher import Dispatcher
+from tandem.jobs.fine_tuning.runner import FineTuningRunner
+from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
+from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.work.records import Job
+from tandem.jobs.work.store import JobStore
+from tandem.registry import RegistryAddress
+from tandem.serve.directory import Directory
+
+START_AFTER_S = 5.0
+"""Seconds after which dispatching begins: an app's start has the CPU to itself."""
+RELEASE_EVERY_S = 30.0
+"""Seconds between two looks for files whose jobs have ended."""
+SETTLES_AFTER = timedelta(seconds=30)
+"""Time after which a job that has started holds its resources."""
+UNKNOWN_AFTER_S = 600.0
+"""Seconds for which a job that reads files may be missing: it is being created."""
+
+log = logging.getLogger(__name__)
+
+
+class ControlPlane(Directory):
+    """The directory, and in a thread the dispatcher of jobs. Of several apps on one database, one dispatches."""
+
+    def __init__(self, registry: RegistryAddress, gateway: GatewayConfig, tls: bool = True) -> None:
+        super().__init__(None, registry, None, tls)
+        self._stop = threading.Event()
+        threading.Thread(
+            target=dispatch_jobs, args=(registry, gateway, self._stop), name="dispatcher", daemon=True
+        ).start()
+
+    async def close(self) -> None:
+        """Close all connections; the lead goes to another process."""
+        self._stop.set()
+        await super().close()
+
+
+def dispatch_jobs(registry: RegistryAddress, gateway: GatewayConfig, stop: threading.Event) -> None:
+    """Dispatch the jobs in a registry's database until `stop` is set."""
+    if stop.wait(START_AFTER_S):
+        return
+    store, files = JobStore.at(registry), FileStore.at(registry)
+    contents = ContentStore.open(registry.identity, gateway.files.location)
+    client = functools.partial(job_client, registry)
+    runners = {
+        "ray": RayRunner(client),
+        FINE_TUNING: FineTuningRunner(client, files, contents, gateway.files.tenant_bytes),
+    }
+    dispatcher = Dispatcher(store, runners, lambda: capacity_for(store.active(), store.now()))
+    releases = FileReleases(store, files)
+    threading.Thread(target=releases.run, args=(stop,), name="file-releases", daemon=True).start()
+    dispatcher.run(stop)
+
+
+class FileReleases:
+    """Releases the files of jobs that have ended, so that they can be deleted."""
+
+    def __init__(self, store: JobStore, files: FileStore) -> None:
+        self._store = store
+        self._files = files
+        self._missing_since: dict[str, float] = {}
+        """Monotonic time at which a job was first not found."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Look every RELEASE_EVERY_S seconds until `stop` is set."""
+        while not stop.wait(RELEASE_EVERY_S):
+            try:
+                self.release()
+            except TandemError as error:
+                log.warning("%s", error)
+
+    def release(self) -> list[str]:
+        """Release now; returns the jobs whose files are released."""
+        released = [job_id for job_id in sorted(self._files.readers()) if self._is_over(job_id)]
+        for job_id in released:
+            self._files.release(job_id)
+            self._missing_since.pop(job_id, None)
+        return released
+
+    def _is_over(self, job_id: str) -> bool:
+        try:
+            return self._store.get(job_id).state.ended
+        except UnknownJobError:
+            since = self._missing_since.setdefault(job_id, time.monotonic())
+            return time.monotonic() - since > UNKNOWN_AFTER_S
+
+
+def job_client(registry: RegistryAddress) -> JobClient:
+    """The client of the jobs of the cluster that this process is part of, which use a registry.
+
+    ClusterError if the dashboard does not answer.
+    """
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    address = ray.get_runtime_context().gcs_address
+    try:
+        url = get_address_for_submission_client(address)
+    except Exception as error:  # Ray raises many kinds here
+        raise ClusterError(f"The dashboard of the cluster at {address} is not known: {error}") from error
+    # Every node of an app has Tandem at the same path.
+    return JobClient(Cluster(dashboard_url=url, address=address, local=True), registry)
+
+
+def capacity_for(active: Sequence[Job], now: datetime) -> Capacity:
+    """CPUs and GPUs that jobs may use: those that are free, and those that `active` jobs hold.
+
+    What serves, and what runs by command, is left out so. A job that has just started may hold nothing yet: for a while it counts
+    as if it took free resources.
+    """
+    free = ray.available_resources()
+    cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+    for job in active:
+        if job.started_at is not None and now - job.started_at > SETTLES_AFTER:
+            cpus += job.resources.cpus_per_worker * (job.workers or 1)
+            gpus += job.resources.gpus_per_worker * (job.workers or 1)
+    return Capacity(cpus=cpus, gpus=gpus)
