@@ -156,6 +156,16 @@ class ItemQueue(WorkConnection):
                 raise _unknown(item_id)
             return to_item(row)
 
+    def waiting_by_adapter(self, queue: str) -> dict[str, int]:
+        """Numbers of items that wait in a queue, by adapter."""
+        with self._reading() as session:
+            query = select(QueueItemRow.adapter, func.count()).where(
+                QueueItemRow.queue == queue, QueueItemRow.state == State.QUEUED.value
+            )
+            return {
+                str(adapter): int(count) for adapter, count in session.execute(query.group_by(QueueItemRow.adapter))
+            }
+
     def counts(self, job_id: str) -> dict[State, int]:
         """Number of a job's items in each state that any has."""
         with self._reading() as session:

@@ -1,0 +1,42 @@
+"""Room for requests of batches beside interactive traffic. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+QUIET_AFTER_S = 2.0
+"""Seconds without interactive requests after which batches take all slots."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLoad:
+    """Requests of one model at one gateway."""
+
+    limit: int | None
+    """Requests that may be under way; None: no limit."""
+    running: int
+    """Requests under way, those of batches included."""
+    waiting: int
+
+
+class BatchRoom:
+    """Decides how many requests of batches may be under way for one model."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._interactive_at = -QUIET_AFTER_S
+
+    def free(self, load: ModelLoad, in_flight: int, now: float) -> int:
+        """Requests that may be sent now, of batches that have `in_flight` under way; `now`: monotonic seconds."""
+        if load.running > in_flight or load.waiting:
+            self._interactive_at = now
+        if load.waiting:
+            return 0
+        if load.limit is None:
+            # Engines without a limit queue what they are given.
+            limit = in_flight + 8
+        elif now - self._interactive_at < QUIET_AFTER_S:
+            limit = max(1, int(self._share * load.limit))
+        else:
+            limit = load.limit
+        return max(0, min(limit - in_flight, limit - load.running if load.limit is not None else limit))
