@@ -149,10 +149,12 @@ class Dispatcher:
             status = None if handle is None else runner.state(handle)
             self._take(reconcile.next_step(job, handle, status), job, lease, runner)
         except LeaseLostError as error:
-            log.warning("%s", error)
+            log.warning("Job %s: %s", job.id, error)
             self._held.pop(job.id, None)
         except TandemError as error:
             log.warning("Job %s: %s It is tried again in the next round.", job.id, error)
+        except Exception:
+            log.exception("Job %s: its runner %s is at fault; it is asked again in the next round.", job.id, job.runner)
 
     def _take(self, step: reconcile.Step | None, job: Job, lease: Lease, runner: Runner) -> None:
         match step:

@@ -88,6 +88,20 @@ def test_a_command_that_cannot_be_started_fails_its_attempt(store: JobStore, wor
         assert failed.error == "It could not be started: The disk is full."
 
 
+def test_a_fault_in_one_runner_delays_no_other_job(store: JobStore, world: World) -> None:
+    class Faulty(ProcessRunner):
+        def find(self, job: Job) -> str | None:
+            raise ValueError("a fault")
+
+    broken = store.submit(script("broken", "true", runner="faulty", priority=-1)).job
+    job = store.submit(script("a", "true")).job
+    runners = {"process": world.runner(), "faulty": Faulty(world.root / "faulty", world.command)}
+    dispatcher = Dispatcher(store, runners, lambda: Capacity(cpus=2.0))
+    rounds_until(dispatcher, lambda: store.get(job.id).state is State.FINISHED)
+    assert store.get(broken.id).state is State.STARTING
+    dispatcher.close()
+
+
 def test_processes_that_are_killed_are_noticed_and_the_job_is_tried_again(store: JobStore, world: World) -> None:
     job = store.submit(script("a", "kill -9 $PPID; kill -9 $$")).job
     with dispatching(store, world.runner()) as dispatcher:
