@@ -20,6 +20,7 @@ from tandem.jobs.dispatch import reconcile
 from tandem.jobs.dispatch.decisions import Capacity, Decide, Preempt, Start, Wait, first_come_first_served
 from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.work.leader import DISPATCHER, Leadership, Term
+from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import Job, Lease
 from tandem.jobs.work.states import Action, is_legal
 from tandem.jobs.work.store import JobStore
@@ -48,6 +49,7 @@ class Dispatcher:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._store = store
         self._leadership = Leadership(store.url, identity=store.identity, clock=store.clock)
+        self._queue = ItemQueue(store.url, identity=store.identity, clock=store.clock)
         self._runners = runners
         self._capacity = capacity
         self._decide = decide
@@ -81,12 +83,16 @@ class Dispatcher:
     def close(self) -> None:
         """Close the dispatcher's own connections; the store stays open."""
         self._leadership.close()
+        self._queue.close()
 
     def round(self) -> bool:
         """One round; False while another process leads. LeaseLostError where another one has taken the lead meanwhile."""
         if not self._lead():
             return False
         self._store.expire_overdue()
+        # Items of workers that are gone, and those that nobody claimed in time.
+        self._queue.reclaim()
+        self._queue.expire_overdue()
         for job in self._adopt(self._store.active()):
             self._keep_leases()
             self._reconcile(job)
@@ -143,10 +149,12 @@ class Dispatcher:
             status = None if handle is None else runner.state(handle)
             self._take(reconcile.next_step(job, handle, status), job, lease, runner)
         except LeaseLostError as error:
-            log.warning("%s", error)
+            log.warning("Job %s: %s", job.id, error)
             self._held.pop(job.id, None)
         except TandemError as error:
             log.warning("Job %s: %s It is tried again in the next round.", job.id, error)
+        except Exception:
+            log.exception("Job %s: its runner %s is at fault; it is asked again in the next round.", job.id, job.runner)
 
     def _take(self, step: reconcile.Step | None, job: Job, lease: Lease, runner: Runner) -> None:
         match step:

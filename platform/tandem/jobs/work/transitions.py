@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, select, update
 from sqlalchemy.orm import Session
 
 from tandem.db.schema import JobRow, QueueItemRow
@@ -60,6 +61,8 @@ def change_state(session: Session, row: JobRow, action: Action, now: datetime, *
     elif before.ended:
         row.ended_at = row.error = row.result = row.not_before = None
         row.failures = 0
+        if row.deadline is not None and row.deadline <= now:
+            row.deadline = None
     if not after.active:
         row.lease_owner = row.lease_until = None
     changed = StateChanged(
@@ -94,22 +97,42 @@ def lease_lost(row: JobRow | QueueItemRow, lease: Lease) -> LeaseLostError:
     )
 
 
-def _change_items(session: Session, job_id: str, state: State, now: datetime) -> None:
-    for action in _ITEMS_FOLLOW.get(state, ()):
-        states = [each for each in State if is_legal(JobKind.GENERATE, each, action)]
-        changed = {each: after for each in states if (after := next_state(JobKind.GENERATE, each, action)) is not each}
-        if action is Action.REQUEUE:
-            changed = {each: after for each, after in changed.items() if each in _REQUEUED_ITEMS}
-        # In one order, as everybody who locks several items: two transactions cannot wait for each other.
-        query = (
-            select(QueueItemRow)
-            .where(QueueItemRow.job == job_id, QueueItemRow.state.in_([each.value for each in changed]))
-            .order_by(QueueItemRow.number)
-            .with_for_update()
-            .execution_options(yield_per=500)
-        )
-        for row in session.execute(query).scalars():
-            end_lease_of_item(row, changed[State(row.state)], now)
+def _change_items(session: Session, job_id: str, job_state: State, now: datetime) -> None:
+    """Apply to a job's items what follows from the job's state; holders of items learn of it when they renew."""
+    for action in _ITEMS_FOLLOW.get(job_state, ()):
+        for after, before in _item_changes(action).items():
+            # Locked in one order, as everybody does who locks several items: two transactions cannot wait for each other.
+            locked = (
+                select(QueueItemRow.number)
+                .where(QueueItemRow.job == job_id, QueueItemRow.state.in_(before))
+                .order_by(QueueItemRow.number)
+                .with_for_update()
+            )
+            values: dict[str, Any] = {
+                "state": after.value,
+                "ended_at": now if after.ended else None,
+                "fencing_token": QueueItemRow.fencing_token + case((QueueItemRow.lease_owner.is_not(None), 1), else_=0),
+                "lease_owner": None,
+                "lease_until": None,
+            }
+            if action is Action.REQUEUE:
+                in_time = case((QueueItemRow.deadline > now, QueueItemRow.deadline), else_=None)
+                values |= {"failures": 0, "not_before": None, "error": None, "deadline": in_time}
+            session.execute(
+                update(QueueItemRow).where(QueueItemRow.number.in_(locked)).values(values),
+                execution_options={"synchronize_session": False},
+            )
+
+
+def _item_changes(action: Action) -> dict[State, list[str]]:
+    """The states of items that an action changes, by the state that they get."""
+    changes: dict[State, list[str]] = {}
+    for before in _REQUEUED_ITEMS if action is Action.REQUEUE else State:
+        if is_legal(JobKind.GENERATE, before, action):
+            after = next_state(JobKind.GENERATE, before, action)
+            if after is not before:
+                changes.setdefault(after, []).append(before.value)
+    return changes
 
 
 def set_item_state(row: QueueItemRow, state: State, now: datetime) -> None:

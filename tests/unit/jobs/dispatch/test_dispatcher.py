@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.runners.processes import ProcessRunner
 from tandem.jobs.work.clock import ManualClock
-from tandem.jobs.work.records import Job, Resources
+from tandem.jobs.work.queue import ItemQueue
+from tandem.jobs.work.records import ItemSubmission, Job, Resources
 from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
 from tandem.settings import child_environment
@@ -87,6 +88,20 @@ def test_a_command_that_cannot_be_started_fails_its_attempt(store: JobStore, wor
         assert failed.error == "It could not be started: The disk is full."
 
 
+def test_a_fault_in_one_runner_delays_no_other_job(store: JobStore, world: World) -> None:
+    class Faulty(ProcessRunner):
+        def find(self, job: Job) -> str | None:
+            raise ValueError("a fault")
+
+    broken = store.submit(script("broken", "true", runner="faulty", priority=-1)).job
+    job = store.submit(script("a", "true")).job
+    runners = {"process": world.runner(), "faulty": Faulty(world.root / "faulty", world.command)}
+    dispatcher = Dispatcher(store, runners, lambda: Capacity(cpus=2.0))
+    rounds_until(dispatcher, lambda: store.get(job.id).state is State.FINISHED)
+    assert store.get(broken.id).state is State.STARTING
+    dispatcher.close()
+
+
 def test_processes_that_are_killed_are_noticed_and_the_job_is_tried_again(store: JobStore, world: World) -> None:
     job = store.submit(script("a", "kill -9 $PPID; kill -9 $$")).job
     with dispatching(store, world.runner()) as dispatcher:
@@ -147,6 +162,19 @@ def test_a_start_that_comes_after_the_cancel_of_its_job_starts_nothing(
     assert store.get(job.id).state is State.CANCELLED
     assert runner.state(world.runner().start(claimed)) == RunStatus(state=RunState.STOPPED)
     assert world.starts() == {}
+
+
+def test_queue_items_of_a_worker_that_is_gone_are_queued_again(
+    store: JobStore, queue: ItemQueue, world: World, clock: ManualClock
+) -> None:
+    item = queue.submit(ItemSubmission(queue="base@1", payload={}))
+    late = queue.submit(ItemSubmission(queue="base@1", payload={}, deadline=clock.now() + timedelta(seconds=30)))
+    queue.claim("base@1", "a worker that is killed", 30.0)
+    clock.advance(30.0)
+    with dispatching(store, world.runner()) as dispatcher:
+        assert dispatcher.round()
+    assert (queue.get(item.id).state, queue.get(item.id).failures) == (State.QUEUED, 1)
+    assert queue.get(late.id).state is State.EXPIRED
 
 
 # ---- death at any point ----

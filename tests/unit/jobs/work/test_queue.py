@@ -114,9 +114,10 @@ def test_a_cancelled_or_overdue_item_is_taken_from_its_worker(queue: ItemQueue, 
     assert queue.get(first.id).state is State.CANCELLED and queue.get(second.id).result is None
 
 
-def test_items_follow_their_batch_job(queue: ItemQueue, store: JobStore) -> None:
+def test_items_follow_their_batch_job(queue: ItemQueue, store: JobStore, clock: ManualClock) -> None:
     job = store.submit(BATCH).job.id
-    queue.add([replace(ITEM, job=job, position=n) for n in range(4)])
+    soon = replace(ITEM, deadline=clock.now() + timedelta(seconds=10))
+    queue.add([replace(soon, job=job, position=n) for n in range(4)])
     answered, running = queue.claim("base@1", "a", 300.0, limit=2)
     queue.report([Answer(lease=lease_of(answered), result={})])
     store.pause(job)
@@ -125,5 +126,7 @@ def test_items_follow_their_batch_job(queue: ItemQueue, store: JobStore) -> None
     store.cancel(job)
     assert queue.counts(job) == {State.FINISHED: 1, State.CANCELLED: 3}
     assert queue.renew([lease_of(running)], 300.0) == [lease_of(running)]
+    clock.advance(10.0)
     store.requeue(job)
     assert queue.counts(job) == {State.FINISHED: 1, State.QUEUED: 3}
+    assert queue.expire_overdue() == 0, "their deadlines have passed, and count no more"

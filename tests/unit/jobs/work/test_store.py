@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -249,6 +250,8 @@ def test_a_job_whose_deadline_has_passed_expires(store: JobStore, clock: ManualC
     }
     assert store.expire_overdue() == [] and store.get(later.id).state is State.QUEUED
     assert store.stopped(lease).state is State.EXPIRED
+    again = store.requeue(waits.id)
+    assert (again.state, again.deadline) == (State.QUEUED, None), "it does not expire once more"
 
 
 def test_waiting_jobs_are_ordered_by_priority_then_submission(store: JobStore) -> None:
@@ -296,17 +299,20 @@ def test_holders_that_append_at_once_get_numbers_of_their_own(url: str) -> None:
         assert [each.number for each in store.events(job.id)] == list(range(1, 3 + 36 + 1))
 
 
-def test_after_a_restore_jobs_go_on_and_none_is_doubled(store: JobStore, tmp_path: Path) -> None:
+def test_after_a_restore_jobs_go_on_and_none_is_doubled(
+    store: JobStore, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     job, lease = running(store, TRAIN)
     waits = store.submit(replace(ONE_OFF, idempotency_key="once")).job
     backup(store.url, tmp_path / "b.gz")
     empty = f"sqlite:///{tmp_path}/restored.db"
+    if not store.url.startswith("sqlite"):
+        empty = request.getfixturevalue("postgresql_server").create(uuid.uuid4().hex)
     restore(empty, tmp_path / "b.gz")
     with JobStore(empty, clock=store.clock) as restored:
         assert restored.page() == store.page() and restored.events(job.id) == store.events(job.id)
         assert restored.submit(TRAIN).job == job
         assert restored.submit(replace(ONE_OFF, idempotency_key="once")).job == waits
-        assert restored.submit(ONE_OFF).is_new
-        taken = restored.take_over(job.id, "b", 30.0)
-        assert taken is None, "its holder may still run"
+        assert restored.submit(ONE_OFF).job.number > waits.number
+        assert restored.take_over(job.id, "b", 30.0) is None, "its holder may still run"
         assert restored.finish(lease).state is State.FINISHED
