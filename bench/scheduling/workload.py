@@ -150,12 +150,17 @@ def serving(span_s: float, seed: int = 0) -> list[tuple[float, ServingDemand]]:
     dice = random.Random(seed)
     changes = []
     for model in ("chat", "code"):
-        bursts = [(start_s := dice.uniform(0, span_s), start_s + dice.uniform(1200, 3600)) for _ in range(int(4 * span_s / DAY_S))]
+        bursts = [
+            (start_s := dice.uniform(0, span_s), start_s + dice.uniform(1200, 3600))
+            for _ in range(int(4 * span_s / DAY_S))
+        ]
         steps = {float(at_s) for at_s in range(0, int(span_s), 600)} | {edge for burst in bursts for edge in burst}
         for at_s in sorted(steps):
             extra = 16 * sum(start_s <= at_s < end_s for start_s, end_s in bursts)
             replicas = 8 + round(16 * (activity(at_s) - 1 / PEAK_TO_TROUGH) * 1.5) + extra
-            changes.append((at_s, ServingDemand(app="app", model=model, replicas=replicas, replica=SERVING_REPLICA, priority=100)))
+            changes.append(
+                (at_s, ServingDemand(app="app", model=model, replicas=replicas, replica=SERVING_REPLICA, priority=100))
+            )
     return sorted(changes, key=lambda change: (change[0], change[1].model))
 
 

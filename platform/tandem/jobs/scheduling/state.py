@@ -42,6 +42,8 @@ class ClusterState:
         """Ids of the runs that can have different numbers of workers."""
         self.ends: list[tuple[float, str]] = []
         """Runs by the time by which they end."""
+        self.reserved: tuple[str, int] | None = None
+        """The job for which resources were last reserved, and the band in which it was first."""
         self.grants: dict[tuple[str, str], ServingGrant] = {}
         self.nodes: dict[str, Node] = {}
         self.capacity = Pool.of(())
@@ -179,8 +181,8 @@ class ClusterState:
                 self._note_surplus(grant, now)
                 if not grant.nodes and not grant.demand.replicas:
                     del self.grants[app, model]
-            case Hold():
-                pass
+            case Hold(job_id=job_id, band=int() as band):
+                self.reserved = (job_id, band)
 
     def _add_run(self, run: Run, now: float) -> None:
         self.runs[run.job.id] = run
