@@ -72,6 +72,7 @@ class SchedulingPass:
         """Tenants with such a job."""
 
     def run(self) -> list[Decision]:
+        """The decisions; to be called once."""
         self._stop_overdue()
         serving = plan_serving(self._state, self._free, self._now)
         self._giving_way.update(serving.giving_way)

@@ -121,11 +121,16 @@ class ClusterState:
         self.accounts[run.job.tenant].add(run.job.needs(run.workers) * -1, now)
         return run.job
 
-    def preempted(self, job_id: str, now: float) -> Job:
-        """A run stopped after `Preempt`, or was lost with its node after `Start`: it waits again where it was in the queue."""
+    def preempted(self, job_id: str, now: float) -> Job | None:
+        """A run stopped after `Preempt`, or was lost with its node: it waits again where it was in the queue.
+
+        None if its time limit is used up by now, so that it has ended.
+        """
         run = self.runs[job_id]
         job = self.finished(job_id, now)
         job = replace(job, ran_s=job.ran_s + now - run.started_s, preemptions=job.preemptions + run.is_stopping)
+        if job.time_limit_s is not None and job.ran_s >= job.time_limit_s:
+            return None
         self.submit(job, now)
         return job
 

@@ -165,10 +165,20 @@ def test_the_time_limit_counts_all_starts_of_a_job() -> None:
     step(state, 0)
     state.apply(Preempt(job_id="stopped", reason="test"), 1800)
     requeued = state.preempted("stopped", 1800)
+    assert requeued is not None
     assert (requeued.ran_s, requeued.preemptions) == (1800, 1)
     step(state, 2000)
     assert not [decision for decision in decide(state, 3799) if isinstance(decision, Stop)]
     assert [decision for decision in decide(state, 3800) if isinstance(decision, Stop)]
+
+
+def test_a_preempted_job_whose_time_limit_is_used_up_does_not_wait_again() -> None:
+    state = cluster(1)
+    state.submit(job("limited", 8), 0)
+    step(state, 0)
+    state.apply(Preempt(job_id="limited", reason="test"), HOUR_S - 10)
+    assert state.preempted("limited", HOUR_S + 20) is None
+    assert decide(state, HOUR_S + 20) == []
 
 
 def test_tenants_with_equal_weights_share_the_cluster_whatever_each_submits() -> None:
@@ -358,5 +368,6 @@ def test_a_lost_node_takes_its_free_gpus_along_and_its_runs_wait_again() -> None
     step(state, 0)
     state.set_nodes([Node(id="n1", cpus=64, gpus=8)])
     requeued = state.preempted("a", 10)
+    assert requeued is not None
     assert requeued.preemptions == 0
     assert started(step(state, 10)) == {"a": (("n1", 8),)}
