@@ -15,9 +15,9 @@ Published:
   checkpoint.
 
 Assumed: run times end at 7 days; jobs are submitted in groups (sweeps), 3 on average; time limits are the planned run time
-times 1.2 to 4, rounded up to one of `LIMITS_S`; tenants submit by Zipf's law and have equal weights; 10 % of jobs have a high and
-20 % a low priority; a checkpoint takes 30 s and is written every 30 minutes; a start after a stop takes 60 s; with `elastic`, that
-share of the jobs with 4 workers or more also runs with half or a quarter of them, at a speed in proportion.
+times 1.2 to 4, rounded up to one of `LIMITS_S`; tenants submit by Zipf's law and have equal weights; 10 % of jobs have a high
+and 20 % a low priority; a checkpoint takes 30 s and is written every 30 minutes; a start after a stop takes 60 s; with
+`elastic`, that share of the jobs with 4 workers or more also runs with half or a quarter of them, at a speed in proportion.
 """
 
 from __future__ import annotations

@@ -2,6 +2,12 @@
 
 from tandem.config.lines import located
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
+from tandem.config.scheduling import (
+    AmountsConfig,
+    JobSchedulingConfig,
+    SchedulingConfig,
+    TenantShareConfig,
+)
 from tandem.config.serving.app import (
     GatewayConfig,
     ListenConfig,
@@ -29,6 +35,7 @@ from tandem.config.training.parallel import ParallelismConfig
 
 __all__ = [
     "AUTO_ENGINE",
+    "AmountsConfig",
     "AutoscalingConfig",
     "BatchConfig",
     "CheckpointConfig",
@@ -38,6 +45,7 @@ __all__ = [
     "EvaluationConfig",
     "FaultsConfig",
     "GatewayConfig",
+    "JobSchedulingConfig",
     "ListenConfig",
     "LoraConfig",
     "MetricsConfig",
@@ -50,9 +58,11 @@ __all__ = [
     "PrefillConfig",
     "RequestCaps",
     "RouterConfig",
+    "SchedulingConfig",
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",
+    "TenantShareConfig",
     "TlsConfig",
     "TrainConfig",
     "WandbConfig",
