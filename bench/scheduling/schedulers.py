@@ -31,8 +31,8 @@ class Scheduler(Protocol):
     def finished(self, job_id: str, now: float) -> None:
         """A run ended for good."""
 
-    def preempted(self, job_id: str, now: float) -> None:
-        """A run that was told to stop for others has stopped; its job waits again."""
+    def preempted(self, job_id: str, now: float) -> bool:
+        """A run that was told to stop for others has stopped. False if its time limit is used up, so that it has ended."""
 
     def resized(self, job_id: str, now: float) -> None:
         """A run that was told to shrink has done so."""
@@ -56,8 +56,8 @@ class Tandem:
     def finished(self, job_id: str, now: float) -> None:
         self.state.finished(job_id, now)
 
-    def preempted(self, job_id: str, now: float) -> None:
-        self.state.preempted(job_id, now)
+    def preempted(self, job_id: str, now: float) -> bool:
+        return self.state.preempted(job_id, now) is not None
 
     def resized(self, job_id: str, now: float) -> None:
         self.state.resized(job_id, now)
@@ -100,7 +100,7 @@ class Fifo:
             starts.append(start)
         return starts
 
-    def preempted(self, job_id: str, now: float) -> None:
+    def preempted(self, job_id: str, now: float) -> bool:
         raise NotImplementedError
 
     def resized(self, job_id: str, now: float) -> None:
@@ -114,10 +114,10 @@ class KueueLike:
     """A model of Kueue: a ClusterQueue for each tenant, all in one cohort.
 
     - Nominal quota: the tenant's weighted share; no borrowing limit. Order in a queue: priority, then time.
-    - A cycle takes the head of each queue: those that fit the nominal quota first, then by priority and time. StrictFIFO: a head
-      that is not admitted holds up its queue; BestEffortFIFO: the next of the queue is tried.
-    - `reclaimWithinCohort: Any`, `withinClusterQueue: LowerPriority`: a job within its nominal quota preempts those of queues that
-      borrow, and lower ones of its own queue; lower priorities and later starts first, none that is not needed.
+    - A cycle takes the head of each queue: those that fit the nominal quota first, then by priority and time. StrictFIFO: a
+      head that is not admitted holds up its queue; BestEffortFIFO: the next of the queue is tried.
+    - `reclaimWithinCohort: Any`, `withinClusterQueue: LowerPriority`: a job within its nominal quota preempts those of queues
+      that borrow, and lower ones of its own queue; lower priorities and later starts first, none that is not needed.
     - More than Kueue does by default: a job is admitted only where all of its workers fit on nodes, packed as Tandem packs them.
     """
 
@@ -142,10 +142,11 @@ class KueueLike:
         self._used[job.tenant] -= gpus(job)
         self._stopping.discard(job_id)
 
-    def preempted(self, job_id: str, now: float) -> None:
+    def preempted(self, job_id: str, now: float) -> bool:
         job = self._jobs[job_id]
         self.finished(job_id, now)
         self.submit(job, now)
+        return True
 
     def resized(self, job_id: str, now: float) -> None:
         raise NotImplementedError

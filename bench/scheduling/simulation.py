@@ -1,8 +1,8 @@
 """Event-driven simulation of one scheduler on one trace, and its figures.
 
-A run makes progress in proportion to its workers. One that is told to stop writes a checkpoint (`CHECKPOINT_COST_S`), during which
-it makes none, and its next start takes `RESTART_S`; resizing costs the same. Replicas are ready when they are granted: what is
-measured is the wait for resources.
+A run makes progress in proportion to its workers. One that is told to stop writes a checkpoint (`CHECKPOINT_COST_S`), during
+which it makes none, and its next start takes `RESTART_S`; resizing costs the same. Replicas are ready when they are granted:
+what is measured is the wait for resources.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tandem.jobs.scheduling.records import Placement
 TICK_S = 120.0
 """Time between two decisions without an event, for schedulers that have delays."""
 SLOWDOWN_FLOOR_S = 600.0
-"""Jobs that run for less count as if they ran so long, as waiting a minute for a second is no slowdown of 60 (bounded slowdown)."""
+"""Run time that shorter jobs count with: waiting a minute for a second is no slowdown of 60 (bounded slowdown)."""
 CLASSES = (("1", 1), ("2 to 8", 8), ("16 to 32", 32), ("above 32", 10**9))
 
 
@@ -40,7 +40,6 @@ class SimulatedRun:
     version: int = 0
     """Changes with each start and resize, so that earlier ends do not count."""
     first_start_s: float | None = None
-    stopping: bool = False
     keep: int = 0
     """Workers after the resize that is under way."""
 
@@ -137,7 +136,10 @@ class Simulation:
                 if run.version == version:
                     return self._end(run, now)
             case "stopped":
-                self._stopped(self._runs[value], now)
+                return self._stopped(self._runs[value], now)
+            case "timed out":
+                self._tally["timed out"] += 1
+                return self._end(self._runs[value], now)
             case "resized":
                 job_id, version = value
                 run = self._runs[job_id]
@@ -149,24 +151,30 @@ class Simulation:
         return 0
 
     def _end(self, run: SimulatedRun, now: float) -> int:
+        self._scheduler.finished(run.trace.job.id, now)
+        self._held[run.trace.job.tenant] -= run.workers
+        return self._count_ended(run, now)
+
+    def _count_ended(self, run: SimulatedRun, now: float) -> int:
         job = run.trace.job
-        self._held[job.tenant] -= run.workers
         run.version += 1
         run.left_s, run.workers = 0.0, 0
-        self._scheduler.finished(job.id, now)
         assert run.first_start_s is not None
         self._waits[job.id] = run.first_start_s - job.submitted_s
         base_s = max(SLOWDOWN_FLOOR_S, run.trace.run_s)
         self._slowdowns[job.id] = max(1.0, (now - job.submitted_s) / base_s)
         return 1
 
-    def _stopped(self, run: SimulatedRun, now: float) -> None:
+    def _stopped(self, run: SimulatedRun, now: float) -> int:
         job = run.trace.job
         self._held[job.tenant] -= run.workers
+        if not self._scheduler.preempted(job.id, now):
+            self._tally["timed out"] += 1
+            return self._count_ended(run, now)
         self._waiting[job.tenant] += job.max_workers
         run.version += 1
-        run.workers, run.stopping = 0, False
-        self._scheduler.preempted(job.id, now)
+        run.workers = 0
+        return 0
 
     def _set_demand(self, demand: ServingDemand, now: float) -> None:
         missing = self._missing[demand.key]
@@ -184,25 +192,26 @@ class Simulation:
                 self._start(self._runs[decision.job_id], decision.placement, now)
             case Grow():
                 self._tally["resizes"] += 1
-                self._pay(self._runs[decision.job_id], now)
+                self._pay(self._runs[decision.job_id])
                 run = self._runs[decision.job_id]
                 self._set_workers(run, _count(decision.placement), now, delay_s=CHECKPOINT_COST_S + RESTART_S)
             case Shrink():
                 run = self._runs[decision.job_id]
                 self._tally["resizes"] += 1
-                self._pay(run, now)
+                self._pay(run)
                 run.advance(now)
                 run.keep, run.version = _count(decision.placement), run.version + 1
                 run.progress_from_s = now + CHECKPOINT_COST_S
                 self._schedule(now + CHECKPOINT_COST_S, "resized", (decision.job_id, run.version))
             case Preempt() | Stop():
                 run = self._runs[decision.job_id]
-                self._tally["preemptions"] += 1
-                self._pay(run, now)
                 run.advance(now)
                 run.version += 1
-                run.stopping = True
-                self._schedule(now + CHECKPOINT_COST_S, "stopped", decision.job_id)
+                if isinstance(decision, Preempt):
+                    self._tally["preemptions"] += 1
+                    self._pay(run)
+                kind = "stopped" if isinstance(decision, Preempt) else "timed out"
+                self._schedule(now + CHECKPOINT_COST_S, kind, decision.job_id)
             case StartReplicas(app=app, model=model, nodes=nodes):
                 self._granted[app, model] += len(nodes)
                 self._serving_gpus += len(nodes) * SERVING_REPLICA.gpus
@@ -230,7 +239,7 @@ class Simulation:
         run.version += 1
         self._schedule(run.end_s(), "end", (run.trace.job.id, run.version))
 
-    def _pay(self, run: SimulatedRun, now: float) -> None:
+    def _pay(self, run: SimulatedRun) -> None:
         self._lost_gpu_s += run.workers * (CHECKPOINT_COST_S + RESTART_S)
 
     # Figures
@@ -282,6 +291,7 @@ class Simulation:
             "jain": jain(served),
             "classes": classes,
             "preemptions": self._tally["preemptions"],
+            "timed_out": self._tally["timed out"],
             "resizes": self._tally["resizes"],
             "lost_gpu_h": self._lost_gpu_s / HOUR_S,
             "training_gpu_h": totals.used / HOUR_S,

@@ -9,15 +9,15 @@ Published:
   with 13,041 s on average. `SIGMA` is that of the 83,154 run times of Microsoft's Philly cluster (Jeon et al., ATC 2019) that
   Alibaba's clusterdata has as philly_runtime.csv: median 1,186 s, 95th percentile 49,948 s. With it the median here is near
   Philly's.
-- Jobs that fail (15.5 %) or are cancelled (22.1 %): helios_cluster_summary.csv. They end at a uniformly random part of their time.
+- Jobs that fail (15.5 %) or are cancelled (22.1 %): helios_cluster_summary.csv. They end at a random part of their time.
 - Time of day: Venus has fewest submissions at 6 h and most at 16 h (Figure "cluster_diurnal"). The ratio, 3, is an assumption.
 - Interruptions by hardware: 419 in 54 days on 16,384 GPUs (the Llama 3 report, 2024), each repeating the work since the last
   checkpoint.
 
-Assumed: run times end at 7 days; jobs are submitted in groups (sweeps), 3 on average; time limits are the planned run time times
-1.2 to 4, rounded up to one of `LIMITS_S`; tenants submit by Zipf's law and have equal weights; 10 % of jobs have a high and 20 % a
-low priority; a checkpoint takes 30 s and is written every 30 minutes; a start after a stop takes 60 s; with `elastic`, that share
-of the jobs with 4 workers or more also runs with half or a quarter of them, at a speed in proportion.
+Assumed: run times end at 7 days; jobs are submitted in groups (sweeps), 3 on average; time limits are the planned run time
+times 1.2 to 4, rounded up to one of `LIMITS_S`; tenants submit by Zipf's law and have equal weights; 10 % of jobs have a high
+and 20 % a low priority; a checkpoint takes 30 s and is written every 30 minutes; a start after a stop takes 60 s; with
+`elastic`, that share of the jobs with 4 workers or more also runs with half or a quarter of them, at a speed in proportion.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def activity(at_s: float) -> float:
     return low + (1 - low) * (phase + 1) / 2
 
 
-def serving(span_s: float, seed: int = 0) -> list[tuple[float, ServingDemand]]:
+def serving(span_s: float, seed: int = 0, scale: float = 1.0) -> list[tuple[float, ServingDemand]]:
     """Demand over time of two models: 8 to 24 replicas by the time of day (an assumption), and bursts of 16 more for 20 to 60
-    minutes, 4 a day for each; the replicas needed change every 10 minutes.
+    minutes, 4 a day for each, all times `scale`; the replicas needed change every 10 minutes.
     """
     dice = random.Random(seed)
     changes = []
@@ -157,7 +157,7 @@ def serving(span_s: float, seed: int = 0) -> list[tuple[float, ServingDemand]]:
         steps = {float(at_s) for at_s in range(0, int(span_s), 600)} | {edge for burst in bursts for edge in burst}
         for at_s in sorted(steps):
             extra = 16 * sum(start_s <= at_s < end_s for start_s, end_s in bursts)
-            replicas = 8 + round(16 * (activity(at_s) - 1 / PEAK_TO_TROUGH) * 1.5) + extra
+            replicas = round(scale * (8 + 24 * (activity(at_s) - 1 / PEAK_TO_TROUGH) + extra))
             changes.append(
                 (at_s, ServingDemand(app="app", model=model, replicas=replicas, replica=SERVING_REPLICA, priority=100))
             )

@@ -2,6 +2,12 @@
 
 from tandem.config.lines import located
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
+from tandem.config.scheduling import (
+    AmountsConfig,
+    JobSchedulingConfig,
+    SchedulingConfig,
+    TenantShareConfig,
+)
 from tandem.config.serving.app import (
     GatewayConfig,
     ListenConfig,
@@ -30,6 +36,7 @@ from tandem.config.training.parallel import ParallelismConfig
 
 __all__ = [
     "AUTO_ENGINE",
+    "AmountsConfig",
     "AutoscalingConfig",
     "BatchConfig",
     "CheckpointConfig",
@@ -40,6 +47,7 @@ __all__ = [
     "FaultsConfig",
     "FilesConfig",
     "GatewayConfig",
+    "JobSchedulingConfig",
     "ListenConfig",
     "LoraConfig",
     "MetricsConfig",
@@ -52,9 +60,11 @@ __all__ = [
     "PrefillConfig",
     "RequestCaps",
     "RouterConfig",
+    "SchedulingConfig",
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",
+    "TenantShareConfig",
     "TlsConfig",
     "TrainConfig",
     "WandbConfig",

@@ -11,7 +11,7 @@ import pytest
 from bench.cluster.common import SKIPPED_STATUS
 
 ROOT = Path(__file__).parents[3]
-AREAS = ("cluster", "serving", "routing", "training")
+AREAS = ("cluster", "serving", "routing", "scheduling", "training")
 PROGRAMS = sorted(
     f"bench.{area}.{path.stem}"
     for area in AREAS

@@ -34,7 +34,8 @@ def victims_for(
             released.give_all(difference(run.placement, keep), run.job.worker)
     if released.slots(unit) >= units:
         return []
-    over_quota = {name for name, account in state.accounts.items() if not account.held.fits_in(state.quota(name))}
+    held = _settled(state, now)
+    over_quota = {name for name, amount in held.items() if not amount.fits_in(state.quota(name))}
 
     def is_borrowed(run: Run) -> bool:
         return is_within_quota and run.job.tenant in over_quota and run.job.tenant != job.tenant
@@ -46,15 +47,26 @@ def victims_for(
         is_own_lower = run.job.tenant == job.tenant and run.job.priority < job.priority
         return run.job.id not in giving_way and (is_own_lower or is_borrowed(run))
 
-    found = _within_excess(state, job, candidates(state, now, may_shrink, may_stop))
+    found = _within_excess(state, job, held, candidates(state, now, may_shrink, may_stop))
     if not _may_suffice(released, found, job):
         return []
     return choose(released, unit, units, found)
 
 
-def _within_excess(state: ClusterState, job: Job, cheapest_first: list[Victim]) -> list[Victim]:
-    """Leave out runs of other tenants that would be stopped although their tenant is within its quota by then."""
+def _settled(state: ClusterState, now: float) -> dict[str, Resources]:
+    """What tenants hold with runs that may be stopped by now: a fresh start makes no older run of its tenant stop."""
     held = {name: account.held for name, account in state.accounts.items()}
+    for run in state.runs.values():
+        if now - run.changed_s < state.policy.min_run_s:
+            held[run.job.tenant] = held[run.job.tenant] - run.job.needs(run.workers)
+    return held
+
+
+def _within_excess(
+    state: ClusterState, job: Job, held: dict[str, Resources], cheapest_first: list[Victim]
+) -> list[Victim]:
+    """Leave out runs of other tenants that would be stopped although their tenant is within its quota by then."""
+    held = dict(held)
     chosen, shrunk = [], dict[str, int]()
     for victim in cheapest_first:
         run, tenant = victim.run, victim.run.job.tenant

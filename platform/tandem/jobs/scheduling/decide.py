@@ -30,7 +30,7 @@ def decide(state: ClusterState, now: float) -> list[Decision]:
 
     Each tenant's first waiting job that does not start has a `Hold`; `explain.explain` tells the reason of any other.
     """
-    return _Pass(state, now).run()
+    return SchedulingPass(state, now).run()
 
 
 @dataclass(slots=True)
@@ -47,10 +47,11 @@ class _Placed:
         return tuple(sorted((node, units * self.job.workers_per_node) for node, units in self.units.items()))
 
 
-class _Pass:
-    """Working copy of the state for one decision."""
+class SchedulingPass:
+    """Working copy of the state for one decision. With `about`, the id of a waiting job, that job has a `Hold` as well."""
 
-    def __init__(self, state: ClusterState, now: float) -> None:
+    def __init__(self, state: ClusterState, now: float, about: str | None = None) -> None:
+        self._about = about
         self._state = state
         self._policy = state.policy
         self._now = now
@@ -66,9 +67,12 @@ class _Pass:
         """Placement that each run keeps which is told to stop or shrink."""
         self._decisions: list[Decision] = []
         self._holds: dict[str, Hold] = {}
-        """Of each tenant's first job that waits."""
+        """By job; of each tenant's first job that waits."""
+        self._held_back: set[str] = set()
+        """Tenants with such a job."""
 
     def run(self) -> list[Decision]:
+        """The decisions; to be called once."""
         self._stop_overdue()
         serving = plan_serving(self._state, self._free, self._now)
         self._giving_way.update(serving.giving_way)
@@ -99,7 +103,7 @@ class _Pass:
         heapq.heapify(heap)
         examined = 0
         while heap and examined < self._policy.backfill_depth:
-            _, tenant = heapq.heappop(heap)
+            rank, tenant = heapq.heappop(heap)
             cursor = cursors[tenant]
             following = cursor.peek()
             if following is None:
@@ -110,7 +114,7 @@ class _Pass:
                 cursor.skip_shape()
             else:
                 if not self._start(job, shape) and self._reservation is None:
-                    self._block(job, shape)
+                    self._block(job, shape, int(rank[0]))
                 cursor.skip_job()
             heapq.heappush(heap, (self._rank(tenant, cursor), tenant))
 
@@ -142,6 +146,9 @@ class _Pass:
         queue = state.queues[tenant]
         if now - queue.head_since_s >= self._policy.starvation_s and queue.is_head(job):
             return (STARVED, queue.head_since_s)
+        if state.reserved is not None and state.reserved[0] == job.id:
+            # Backfill of its own tenant's jobs must not cost it its place.
+            return (state.reserved[1], -job.priority, -1.0)
         band = WITHIN_QUOTA if self._is_within_quota(job) else BORROWING
         return (band, -job.priority, self._weighted_share(tenant), queue.position(job).aged_s)
 
@@ -157,6 +164,12 @@ class _Pass:
             return False
         if reservation is None:
             return True
+        if job.tenant == reservation.job.tenant:
+            # The tenant's limit must leave room for the first job as well.
+            held = held + reservation.job.needs()
+            if not (held + job.needs()).fits_in(tenant.limit):
+                self._hold(job, reasons.over_tenant_limit, tenant, held, job)
+                return False
         if self._free.slots(shape.unit) < shape.units:
             self._hold(job, reasons.behind, self._free, job, reservation.job)
             return False
@@ -188,7 +201,7 @@ class _Pass:
         self._add(job.tenant, job.needs())
         return True
 
-    def _block(self, job: Job, shape: Shape) -> None:
+    def _block(self, job: Job, shape: Shape, band: int) -> None:
         """Reserve resources for the first job that does not fit; others give way to it where it has a right to that."""
         waits_until_s = self._now + self._policy.preempt_after_s
         reservation = self._reserve(job, shape)
@@ -205,7 +218,7 @@ class _Pass:
             self._hold(job, reasons.no_end_in_sight, self._free, job)
             return
         self._reservation = reservation
-        self._hold(job, reasons.waits, self._free, job, reservation.start_s, expected_s=reservation.start_s)
+        self._hold(job, reasons.waits, self._free, job, reservation.start_s, expected_s=reservation.start_s, band=band)
 
     def _reserve(self, job: Job, shape: Shape) -> Reservation | None:
         starting: list[Release] = [
@@ -215,9 +228,17 @@ class _Pass:
         ordered = releases(self._state, self._now, self._giving_way, starting)
         return reserve(self._free, ordered, job, shape, self._now)
 
-    def _hold(self, job: Job, reason: Callable[..., str], *arguments: object, expected_s: float | None = None) -> None:
-        if job.tenant not in self._holds:
-            self._holds[job.tenant] = Hold(job_id=job.id, reason=reason(*arguments), expected_s=expected_s)
+    def _hold(
+        self,
+        job: Job,
+        reason: Callable[..., str],
+        *arguments: object,
+        expected_s: float | None = None,
+        band: int | None = None,
+    ) -> None:
+        if job.tenant not in self._held_back or (job.id == self._about and job.id not in self._holds):
+            self._held_back.add(job.tenant)
+            self._holds[job.id] = Hold(job_id=job.id, reason=reason(*arguments), expected_s=expected_s, band=band)
 
     def _hold_back(self, job: Job, reservation: Reservation) -> None:
         self._hold(job, reasons.would_delay, job, self._policy, reservation.job, reservation.start_s, self._now)

@@ -57,7 +57,9 @@ class Hold:
     job_id: str
     reason: str
     expected_s: float | None = None
-    """Latest time of its start, if it is known: running jobs end at their time limits or before."""
+    """Latest time of its start, if resources are reserved for it: running jobs end at their time limits or before."""
+    band: int | None = None
+    """With a reservation: the band (`decide`) in which the job was first. It stays first there until it starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.jobs.scheduling.decide import decide
+from tandem.jobs.scheduling.decide import SchedulingPass
 from tandem.jobs.scheduling.decisions import Hold, Start
 from tandem.jobs.scheduling.state import ClusterState
 
@@ -11,7 +11,7 @@ def explain(state: ClusterState, tenant: str, job_id: str, now: float) -> Hold |
     """The decision about a waiting job at a time, with its reason."""
     queue = state.queues[tenant]
     holds = {}
-    for decision in decide(state, now):
+    for decision in SchedulingPass(state, now, job_id).run():
         if isinstance(decision, Hold):
             holds[decision.job_id] = decision
         if isinstance(decision, Hold | Start) and decision.job_id == job_id:

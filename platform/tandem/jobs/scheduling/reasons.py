@@ -32,25 +32,26 @@ def needed(job: Job) -> str:
 
 def usable(free: Pool, job: Job) -> str:
     """What a job could take of the free resources: groups of workers that each find CPUs and GPUs on one node."""
-    return f"{(job.unit.gpus or job.unit.cpus) * free.slots(job.unit):g}"
+    count = (job.unit.gpus or job.unit.cpus) * free.slots(job.unit)
+    return f"{count:g} {'is' if count == 1 else 'are'} free for it"
 
 
 def waits(free: Pool, job: Job, expected_s: float) -> str:
     """Of the first job that does not fit."""
-    return f"waits for {needed(job)}; {usable(free, job)} are free for it, enough by {clock(expected_s)} at the latest"
+    return f"waits for {needed(job)}; {usable(free, job)}, enough by {clock(expected_s)} at the latest"
 
 
 def no_end_in_sight(free: Pool, job: Job) -> str:
     """Of a job in whose way is what never ends."""
     return (
-        f"waits for {needed(job)}; {usable(free, job)} are free for it, and serving holds the rest for as long as it needs it. "
+        f"waits for {needed(job)}; {usable(free, job)}, and serving holds the rest for as long as it needs it. "
         "Add a node, or let the job run with fewer workers"
     )
 
 
 def behind(free: Pool, job: Job, first: Job) -> str:
     """Of a job that does not fit, and is not the first."""
-    return f"waits for {needed(job)}; {usable(free, job)} are free for it, and job {first.id} is before it"
+    return f"waits for {needed(job)}; {usable(free, job)}, and job {first.id} is before it"
 
 
 def would_delay(job: Job, policy: Policy, first: Job, start_s: float, now: float) -> str:
@@ -67,7 +68,7 @@ def too_large(capacity: Pool, job: Job) -> str:
     """Of a job that no empty cluster holds."""
     group = "" if job.workers_per_node == 1 else f", in groups of {job.workers_per_node} workers on one node"
     return (
-        f"needs {needed(job)}{group}; an empty cluster has {usable(capacity, job)} for it. "
+        f"needs {needed(job)}{group}; in an empty cluster {usable(capacity, job)}. "
         "Add nodes, or let the job run with fewer workers"
     )
 

@@ -61,9 +61,10 @@ def _add_replicas(
     if not missing:
         return
     victims = _give_way(state, demand, missing, released, plan, now)
+    noun = "replica" if missing == 1 else "replicas"
     for victim in victims:
         plan.giving_way[victim.run.job.id] = victim.keep
-        plan.decisions.append(victim.decision(f"{demand.model} of {demand.app} needs {missing} more replicas"))
+        plan.decisions.append(victim.decision(f"{demand.model} of {demand.app} needs {missing} more {noun}"))
         released.give_all(victim.freed, victim.run.job.worker)
     _claim(demand, missing, released, free, released)
 

@@ -42,6 +42,8 @@ class ClusterState:
         """Ids of the runs that can have different numbers of workers."""
         self.ends: list[tuple[float, str]] = []
         """Runs by the time by which they end."""
+        self.reserved: tuple[str, int] | None = None
+        """The job for which resources were last reserved, and the band in which it was first."""
         self.grants: dict[tuple[str, str], ServingGrant] = {}
         self.nodes: dict[str, Node] = {}
         self.capacity = Pool.of(())
@@ -119,11 +121,16 @@ class ClusterState:
         self.accounts[run.job.tenant].add(run.job.needs(run.workers) * -1, now)
         return run.job
 
-    def preempted(self, job_id: str, now: float) -> Job:
-        """A run stopped after `Preempt`, or was lost with its node after `Start`: it waits again where it was in the queue."""
+    def preempted(self, job_id: str, now: float) -> Job | None:
+        """A run stopped after `Preempt`, or was lost with its node: it waits again where it was in the queue.
+
+        None if its time limit is used up by now, so that it has ended.
+        """
         run = self.runs[job_id]
         job = self.finished(job_id, now)
         job = replace(job, ran_s=job.ran_s + now - run.started_s, preemptions=job.preemptions + run.is_stopping)
+        if job.time_limit_s is not None and job.ran_s >= job.time_limit_s:
+            return None
         self.submit(job, now)
         return job
 
@@ -179,8 +186,8 @@ class ClusterState:
                 self._note_surplus(grant, now)
                 if not grant.nodes and not grant.demand.replicas:
                     del self.grants[app, model]
-            case Hold():
-                pass
+            case Hold(job_id=job_id, band=int() as band):
+                self.reserved = (job_id, band)
 
     def _add_run(self, run: Run, now: float) -> None:
         self.runs[run.job.id] = run
