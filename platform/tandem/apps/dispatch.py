@@ -16,12 +16,15 @@ from tandem.config import GatewayConfig
 from tandem.errors import ClusterError, TandemError, UnknownJobError
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
+from tandem.jobs.batches.runner import BatchRunner
+from tandem.jobs.batches.stored import RUNNER as BATCHES
 from tandem.jobs.client import JobClient
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
 from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import Job
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
@@ -65,6 +68,14 @@ def dispatch_jobs(registry: RegistryAddress, gateway: GatewayConfig, stop: threa
     runners = {
         "ray": RayRunner(client),
         FINE_TUNING: FineTuningRunner(client, files, contents, gateway.files.tenant_bytes),
+        BATCHES: BatchRunner(
+            store,
+            ItemQueue.at(registry),
+            files,
+            contents,
+            tenant_bytes=gateway.files.tenant_bytes,
+            max_attempts=gateway.batches.max_attempts,
+        ),
     }
     dispatcher = Dispatcher(store, runners, lambda: capacity_for(store.active(), store.now()))
     releases = FileReleases(store, files)

@@ -46,6 +46,8 @@ class KeyTable:
         self._keys: dict[str, ChangedKey] = {}
         self._budgeted_ids: dict[str, str] = {}
         """Ids by digest of the keys with a limit of tokens in a day, so that `budgets` is made without a look at all keys."""
+        self._digests: dict[str, str] = {}
+        """Digests by the ids of active keys."""
         self._tenants: dict[str, Limits] = {}
         self._cursor = Cursor()
         self._revision = -1
@@ -65,6 +67,13 @@ class KeyTable:
         key = self._keys.get(secret_digest)
         is_equal = hmac.compare_digest(secret_digest, self._dummy_digest if key is None else key.digest)
         if key is None or not is_equal or (key.expires_at is not None and key.expires_at <= self._now()):
+            return None
+        return key.principal
+
+    def principal_of(self, key_id: str) -> Principal | None:
+        """The principal of a key by its id; None for one that is unknown, expired or revoked."""
+        key = self._keys.get(self._digests.get(key_id, ""))
+        if key is None or (key.expires_at is not None and key.expires_at <= self._now()):
             return None
         return key.principal
 
@@ -119,6 +128,8 @@ class KeyTable:
             has_changes = True
             for key in changed_keys:
                 keys[key.digest] = key
+                if key.principal is not None:
+                    self._digests[key.principal.key_id] = key.digest
                 if key.principal is not None and key.principal.limits.tokens_per_day is not None:
                     budgeted_ids[key.digest] = key.principal.counted_as
                 else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from tandem.db.schema import ApiKeyRow, UtcDateTime
 from tandem.errors import AuthError, ConfigError, UnknownKeyError, did_you_mean
 
 PREFIX = "tdm-"
+KEY_ID = re.compile(r"key_[0-9a-f]{12}")
+"""Ids of keys."""
 SECRET_BYTES = 32
 LONGEST_LIFE = timedelta(days=100 * 365)
 """Longest time for which a key can be made, and an old one be accepted after a rotation."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import FastAPI
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Mount
 
@@ -17,7 +16,6 @@ from tandem.auth import KeyStore
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.files.content import ContentStore
-from tandem.files.store import FileStore
 from tandem.files.uploads import UploadStore
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
@@ -25,7 +23,7 @@ from tandem.gateway.accounting.day_usage import DayUsage
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
-from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
+from tandem.gateway.errors import EXCEPTION_HANDLERS
 from tandem.gateway.files.service import FileService
 from tandem.gateway.files.upkeep import Upkeep
 from tandem.gateway.identity.parts import Identity
@@ -40,27 +38,18 @@ from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
 from tandem.gateway.routes.document import document_route
 from tandem.gateway.routes.files import FileRoutes
-from tandem.gateway.routes.fine_tuning import FineTuningRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
-from tandem.gateway.work.calls import WorkCalls
+from tandem.gateway.work.parts import Work
 from tandem.jobs.adapters import Adapters
-from tandem.jobs.fine_tuning.service import FineTuningService
-from tandem.jobs.work.store import JobStore
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
 from tandem.serve.app_tls import ClientTls
 from tandem.usage import UsageStore, UsageWriter
-
-EXCEPTION_HANDLERS: dict[Any, Any] = {
-    ApiError: answer_api_error,
-    HTTPException: answer_http_error,
-    Exception: answer_unexpected,
-}
 
 
 def create_app(
@@ -108,7 +97,8 @@ def create_app(
     request_log = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
-    calls = WorkCalls(config.retry_after_s)
+    model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting).routes()
+    work = Work(registry.address, catalog, admission, identity, config, name, model_routes)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
@@ -116,20 +106,20 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             async with _run_services(
-                request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report
+                request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report, work.worker
             ):
                 yield
         finally:
-            for closeable in (usage, day_usage, key_routes, files, calls):
+            for closeable in (usage, day_usage, key_routes, files, work):
                 closeable.close()
 
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
-            *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
+            *model_routes,
             *FileRoutes(files).routes(),
             *UploadRoutes(files).routes(),
-            *FineTuningRoutes(_fine_tuning(registry, config), catalog, calls, config.fine_tuning).routes(),
+            *work.routes(),
             document_route(ENGINE_ROUTES, administration, PREFIX),
             Mount(PREFIX, administration),
         ],
@@ -170,10 +160,6 @@ def _file_service(registry: Registry, config: GatewayConfig, accounting: Account
     contents = ContentStore.open(registry.identity, config.files.location)
     upkeep = Upkeep(UploadStore.at(registry.address), contents)
     return FileService(UploadStore.at(registry.address), contents, config, accounting, relay.held_bytes, upkeep)
-
-
-def _fine_tuning(registry: Registry, config: GatewayConfig) -> FineTuningService:
-    return FineTuningService(JobStore.at(registry.address), FileStore.at(registry.address), config.fine_tuning)
 
 
 def _accounting(

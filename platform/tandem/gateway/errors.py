@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from pydantic_core import from_json
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
@@ -186,3 +188,11 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 async def answer_unexpected(request: Request, error: Exception) -> Response:
     """Starlette's handler for unexpected exceptions; the log has the traceback."""
     return await answer_api_error(request, ApiError(500, "The gateway failed on this request; its log says why."))
+
+
+EXCEPTION_HANDLERS: dict[Any, Any] = {
+    ApiError: answer_api_error,
+    HTTPException: answer_http_error,
+    Exception: answer_unexpected,
+}
+"""Handlers of a Starlette app."""

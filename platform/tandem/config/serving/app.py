@@ -7,6 +7,7 @@ from typing import Any
 
 from tandem.config import check
 from tandem.config.serving.autoscaling import AutoscalingConfig
+from tandem.config.serving.batches import BatchesConfig
 from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.fine_tuning import FineTuningConfig
@@ -145,6 +146,7 @@ class GatewayConfig:
     caps: RequestCaps = field(default_factory=RequestCaps)
     files: FilesConfig = field(default_factory=FilesConfig)
     fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
+    batches: BatchesConfig = field(default_factory=BatchesConfig)
     allow: tuple[str, ...] = ()
     """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
     chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,

@@ -1,4 +1,4 @@
-"""Program that checks one content: `python -m tandem.files.checks PURPOSE LOCATION` prints a Report as JSON."""
+"""Program that checks one content: `python -m tandem.files.checks PURPOSE LOCATION [ENDPOINT]` prints a Report as JSON."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tandem.files.content import read_chunks
 from tandem.files.records import Purpose
 
 if __name__ == "__main__":
-    purpose, location = sys.argv[1:]
-    print(check_content(Purpose(purpose), read_chunks(location)).to_json())
+    purpose, location, *endpoint = sys.argv[1:]
+    print(check_content(Purpose(purpose), read_chunks(location), *endpoint).to_json())

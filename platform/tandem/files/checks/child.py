@@ -21,13 +21,15 @@ class ContentCheck:
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
 
-    def run(self, purpose: Purpose, location: str, timeout_s: float) -> Report:
+    def run(self, purpose: Purpose, location: str, timeout_s: float, *, endpoint: str | None = None) -> Report:
         """The report on a content. One that takes longer than `timeout_s`, or too much memory, is a finding.
+
+        `endpoint`: the route that all requests of a batch must name.
 
         FileError if the content could not be read, or `kill` ended the check.
         """
         process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.files.checks", purpose.value, location],
+            [sys.executable, "-m", "tandem.files.checks", purpose.value, location, *([endpoint] if endpoint else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

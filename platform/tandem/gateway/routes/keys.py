@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,13 +11,13 @@ from fastapi import FastAPI, Query, Request, Response
 
 from tandem.api.keys import CreatedKey, Key, KeyCreation, KeyList, KeyRotation
 from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
+from tandem.auth.keys import KEY_ID
 from tandem.auth.model_names import unregistered
 from tandem.gateway.errors import ApiError
 from tandem.gateway.routes.management import actor, run_blocking
 from tandem.registry import Registry
 
 PAGE = 1000
-KEY_ID = re.compile(r"key_[0-9a-f]{12}")
 
 
 class KeyRoutes:

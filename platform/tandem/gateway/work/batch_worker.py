@@ -14,10 +14,10 @@ import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,7 +27,7 @@ from tandem.config.serving.batches import BatchesConfig
 from tandem.errors import TandemError
 from tandem.gateway.errors import REQUEST_ID
 from tandem.gateway.identity.authentication import PRINCIPAL
-from tandem.gateway.work.room import BatchRoom, ModelLoad
+from tandem.gateway.work.room import BatchRoom, PoolLoad
 from tandem.jobs.batches.answers import SegmentWriter, output_line
 from tandem.jobs.batches.requests import InputFile, RequestPlace
 from tandem.jobs.batches.stored import QUEUE, answers_folder
@@ -59,13 +59,14 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class PoolLoad:
-    """Load of the replicas that answer for a name."""
+class Loads(Protocol):
+    """The loads of replicas by names of models."""
 
-    base: str
-    """Id of the base model."""
-    load: ModelLoad
+    async def learn(self, names: Iterable[str]) -> None:
+        """Look up these names, and forget others."""
+
+    def __call__(self, name: str) -> PoolLoad | None:
+        """The load for a name; None: no such model is served here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,17 +85,17 @@ class BatchWorker:
         queue: ItemQueue,
         app: ASGIApp,
         principal_of: Callable[[str, str], Principal | None],
-        load_of: Callable[[str], PoolLoad | None],
+        loads: Loads,
         config: BatchesConfig,
         name: str,
     ) -> None:
         """`app`: the routes of models, without authentication. `principal_of`: from key id and tenant to the caller; None: that
-        key has ended. `load_of`: of the replicas for a model's name; None: no such model is served here.
+        key has ended.
         """
         self._queue = queue
         self._app = app
         self._principal_of = principal_of
-        self._load_of = load_of
+        self._loads = loads
         self._config = config
         self._owner = f"{name}:{uuid.uuid4().hex[:8]}"
         # One thread each: a file is read at one place at a time.
@@ -157,6 +158,7 @@ class BatchWorker:
         now = time.monotonic()
         if now - self._looked_at >= IDLE_POLL_S:
             self._models, self._looked_at = await self._in_thread(self._queue.waiting_by_adapter, QUEUE), now
+            await self._loads.learn({*self._models, *+self._under_way})
         for model in sorted(self._models, key=lambda model: -self._under_way[model]):
             if (room := self._room_for(model, now)) > 0:
                 items = await self._in_thread(
@@ -170,14 +172,14 @@ class BatchWorker:
                     self._models.pop(model, None)
 
     def _room_for(self, model: str, now: float) -> int:
-        pool = self._load_of(model)
+        pool = self._loads(model)
         if pool is None:
             # Its requests are answered with the gateway's 404.
             return REFUSED_AT_ONCE
         same_base = {
             name: count
             for name, count in self._under_way.items()
-            if count and (found := self._load_of(name)) and found.base == pool.base
+            if count and (found := self._loads(name)) and found.base == pool.base
         }
         if model not in same_base and len(same_base) >= MODELS_AT_ONCE:
             return 0  # adapters would be loaded back and forth
@@ -185,7 +187,7 @@ class BatchWorker:
         return min(room, self._config.max_concurrent - self._under_way.total(), CLAIMED_AT_ONCE)
 
     def _base_of(self, model: str) -> str | None:
-        pool = self._load_of(model)
+        pool = self._loads(model)
         return None if pool is None else pool.base
 
     # ---- requests ----

@@ -19,6 +19,15 @@ class ModelLoad:
     waiting: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolLoad:
+    """Load of the replicas that answer for a name."""
+
+    base: str
+    """Id of the base model."""
+    load: ModelLoad
+
+
 class BatchRoom:
     """Decides how many requests of batches may be under way for one model."""
 

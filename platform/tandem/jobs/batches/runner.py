@@ -24,9 +24,11 @@ from tandem.ids import fingerprint
 from tandem.jobs.batches.answers import AnswerPlace, Ended, SegmentReader, lines_of
 from tandem.jobs.batches.stored import answers_folder, items_of
 from tandem.jobs.dispatch.runner import RunState, RunStatus
+from tandem.jobs.runners.ray import job_id_of
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import Item, Job
 from tandem.jobs.work.states import State
+from tandem.jobs.work.store import JobStore
 from tandem.registry.conditions import Condition
 
 POLL_S = 1.0
@@ -47,16 +49,26 @@ class _Run:
 
     job: Job
     stop: threading.Event = field(default_factory=threading.Event)
-    status: RunStatus = RunStatus(state=RunState.RUNNING)
+    ends: bool = False
+    """Whether it is stopped for good: what is answered is its output."""
+    status: RunStatus = field(default_factory=lambda: RunStatus(state=RunState.RUNNING))
 
 
 class BatchRunner:
     """See `tandem.jobs.dispatch.runner.Runner`. Handles are the attempts' names."""
 
     def __init__(
-        self, queue: ItemQueue, files: FileStore, contents: ContentStore, *, tenant_bytes: int, max_attempts: int
+        self,
+        store: JobStore,
+        queue: ItemQueue,
+        files: FileStore,
+        contents: ContentStore,
+        *,
+        tenant_bytes: int,
+        max_attempts: int,
     ) -> None:
         """`tenant_bytes`: of the files of one tenant at most. `max_attempts`: of each request."""
+        self._store = store
         self._queue = queue
         self._files = files
         self._contents = contents
@@ -72,15 +84,14 @@ class BatchRunner:
         return job.run_name
 
     def find(self, job: Job) -> str | None:
-        """See `Runner`. A run of a process that died is not found: it is started again, and goes on."""
+        """See `Runner`."""
         return job.run_name if job.run_name in self._runs else None
 
     def state(self, handle: str) -> RunStatus | None:
-        """See `Runner`."""
-        run = self._runs.get(handle)
-        if run is None:
-            # Of a process that died: as if its attempt had been lost, which the next one goes on with.
-            return None
+        """See `Runner`. A run of a process that died goes on here."""
+        if handle not in self._runs:
+            self.start(self._store.get(job_id_of(handle)))
+        run = self._runs[handle]
         if run.status.state is not RunState.RUNNING:
             self._runs.pop(handle, None)
         return run.status
@@ -88,6 +99,7 @@ class BatchRunner:
     def stop(self, job: Job) -> None:
         """See `Runner`."""
         if (run := self._runs.get(job.run_name)) is not None:
+            run.ends = job.state in (State.STOPPING, State.EXPIRING)
             run.stop.set()
 
     # ---- one batch ----
@@ -103,15 +115,16 @@ class BatchRunner:
 
     def _run(self, run: _Run) -> RunStatus:
         job = run.job
-        if not self._queue.counts(job.id) or not job.handle:
-            errors = self._check(job)
-            if errors is not None:
-                return RunStatus(state=RunState.FAILED, error=errors.data[0].message, retryable=False, result={"errors": errors.model_dump()})
-            self._enqueue(job)
+        # Also where a run before this one has done it, or a part of it.
+        errors = self._check(job)
+        if errors is not None:
+            result = {"errors": errors.model_dump()}
+            return RunStatus(state=RunState.FAILED, error=errors.data[0].message, retryable=False, result=result)
+        self._enqueue(job)
         while not run.stop.wait(POLL_S):
             if all(state.ended for state in self._queue.counts(job.id)):
                 return RunStatus(state=RunState.FINISHED, result=self._write_outputs(job))
-        return RunStatus(state=RunState.STOPPED, result=self._write_outputs(job))
+        return RunStatus(state=RunState.STOPPED, result=self._write_outputs(job) if run.ends else None)
 
     def _check(self, job: Job) -> wire.BatchErrors | None:
         """The findings about the input file; None: it can be used."""

@@ -97,7 +97,9 @@ class BatchService:
         most = self._config.max_active
         active = self._store.page(tenant=tenant, kinds=[JobKind.BATCH], states=NOT_ENDED, limit=most)
         if len(active.jobs) >= most:
-            raise JobError(f"{tenant} has {most} batches that have not ended, and may have no more. Wait for one, or cancel one.")
+            raise JobError(
+                f"{tenant} has {most} batches that have not ended, and may have no more. Wait for one, or cancel one."
+            )
 
     def _file(self, file_id: str, tenant: str) -> FileRecord:
         try:

@@ -164,15 +164,15 @@ class Dispatcher:
                 self._store.started(lease, handle)
             case reconcile.RecordFinished(result=result):
                 self._store.finish(lease, result)
-            case reconcile.RecordFailed(error=error, retryable=retryable):
-                self._store.fail(lease, error, retryable=retryable)
+            case reconcile.RecordFailed(error=error, retryable=retryable, result=result):
+                self._store.fail(lease, error, retryable=retryable, result=result)
             case reconcile.StopRun():
                 runner.stop(job)
             case reconcile.AbandonRun():
                 runner.stop(job)
                 self._store.stopped(lease)
-            case reconcile.RecordStopped():
-                self._store.stopped(lease)
+            case reconcile.RecordStopped(result=result):
+                self._store.stopped(lease, result)
             case None:
                 return
 

@@ -40,6 +40,7 @@ class RecordFailed:
 
     error: str
     retryable: bool
+    result: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,9 @@ class AbandonRun:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordStopped:
     """Record that nothing of it runs any more, as was asked."""
+
+    result: Mapping[str, Any] | None = None
+    """Of what was done by then."""
 
 
 Step = StartRun | RecordStarted | RecordFinished | RecordFailed | StopRun | AbandonRun | RecordStopped
@@ -84,9 +88,11 @@ def next_step(job: Job, handle: str | None, status: RunStatus | None) -> Step | 
             return RecordFinished(result=status.result if status is not None else None)
         case RunState.STOPPED:
             if job.state.leaving:
-                return RecordStopped()
+                return RecordStopped(result=status.result if status is not None else None)
             # Whoever stopped it did not mean it to be started again; `requeue` does that.
             return RecordFailed(error=f"{job.run_name} was stopped from outside.", retryable=False)
         case RunState.FAILED:
             assert status is not None
-            return RecordFailed(error=status.error or f"{job.run_name} failed.", retryable=status.retryable)
+            return RecordFailed(
+                error=status.error or f"{job.run_name} failed.", retryable=status.retryable, result=status.result
+            )

@@ -123,6 +123,7 @@ class JobRuns(WorkConnection):
         error: str,
         *,
         retryable: bool = True,
+        result: Mapping[str, Any] | None = None,
         policy: RetryPolicy = JOB_RETRIES,
         draw: float | None = None,
     ) -> Job:
@@ -135,6 +136,7 @@ class JobRuns(WorkConnection):
             if check_lease(row, lease):
                 row.failures += 1
                 row.error = error
+                row.result = None if result is None else dict(result)
                 action = after_failure(row.failures, row.max_attempts, retryable=retryable)
                 if action is Action.RETRY:
                     delay_s = policy.delay_s(row.failures, random.random() if draw is None else draw)
@@ -142,11 +144,12 @@ class JobRuns(WorkConnection):
                 change_state(session, row, action, now, reason=error)
             return to_job(row)
 
-    def stopped(self, lease: Lease) -> Job:
-        """Nothing of it runs any more, as was asked."""
+    def stopped(self, lease: Lease, result: Mapping[str, Any] | None = None) -> Job:
+        """Nothing of it runs any more, as was asked; `result`: of what was done by then."""
         with self._transaction() as (session, now):
             row = locked_job(session, lease.id)
             if check_lease(row, lease):
+                row.result = None if result is None else dict(result)
                 change_state(session, row, Action.STOPPED, now)
             return to_job(row)
 

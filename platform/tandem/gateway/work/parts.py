@@ -1,0 +1,68 @@
+"""Durable work at a gateway: routes of batches and fine-tuning jobs, and the worker that sends batches' requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from tandem.config.serving.app import GatewayConfig
+from tandem.files.store import FileStore
+from tandem.gateway.admission.control import Admission
+from tandem.gateway.errors import EXCEPTION_HANDLERS
+from tandem.gateway.identity.parts import Identity
+from tandem.gateway.models.catalog import Catalog
+from tandem.gateway.routes.batches import BatchRoutes
+from tandem.gateway.routes.fine_tuning import FineTuningRoutes
+from tandem.gateway.work.batch_worker import BatchWorker
+from tandem.gateway.work.callers import Callers, PoolLoads
+from tandem.gateway.work.calls import WorkCalls
+from tandem.jobs.batches.service import BatchService
+from tandem.jobs.fine_tuning.service import FineTuningService
+from tandem.jobs.work.queue import ItemQueue
+from tandem.jobs.work.store import JobStore
+from tandem.registry import RegistryAddress
+
+
+class Work:
+    """What one gateway has for durable work."""
+
+    def __init__(
+        self,
+        address: RegistryAddress,
+        catalog: Catalog,
+        admission: Admission,
+        identity: Identity,
+        config: GatewayConfig,
+        name: str,
+        model_routes: Sequence[BaseRoute],
+    ) -> None:
+        """`name`: the gateway's. `model_routes`: by which requests of batches are answered."""
+        self._store, self._queue, self._files = JobStore.at(address), ItemQueue.at(address), FileStore.at(address)
+        self._calls = WorkCalls(config.retry_after_s)
+        self._config = config
+        self._catalog = catalog
+        self.worker = BatchWorker(
+            ItemQueue.at(address),
+            Starlette(routes=list(model_routes), exception_handlers=EXCEPTION_HANDLERS),
+            Callers(identity.keys),
+            PoolLoads(catalog, admission),
+            config.batches,
+            name,
+        )
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes for Starlette."""
+        batches = BatchService(self._store, self._queue, self._files, self._config.batches)
+        fine_tuning = FineTuningService(self._store, self._files, self._config.fine_tuning)
+        return [
+            *BatchRoutes(batches, self._calls, self._config.batches).routes(),
+            *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning).routes(),
+        ]
+
+    def close(self) -> None:
+        """End threads and connections."""
+        self._calls.close()
+        for store in (self._store, self._queue, self._files):
+            store.close()
