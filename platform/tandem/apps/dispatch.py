@@ -21,6 +21,7 @@ from tandem.jobs.batches.stored import RUNNER as BATCHES
 from tandem.jobs.client import JobClient
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
+from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
 from tandem.jobs.runners.ray import RayRunner
@@ -65,7 +66,7 @@ def dispatch_jobs(registry: RegistryAddress, gateway: GatewayConfig, stop: threa
     store, files = JobStore.at(registry), FileStore.at(registry)
     contents = ContentStore.open(registry.identity, gateway.files.location)
     client = functools.partial(job_client, registry)
-    runners = {
+    runners: dict[str, Runner] = {
         "ray": RayRunner(client),
         FINE_TUNING: FineTuningRunner(client, files, contents, gateway.files.tenant_bytes),
         BATCHES: BatchRunner(
