@@ -43,9 +43,7 @@ class BatchRoom:
             return 0
         if load.limit is None:
             # Engines without a limit queue what they are given.
-            limit = in_flight + 8
-        elif now - self._interactive_at < QUIET_AFTER_S:
-            limit = max(1, int(self._share * load.limit))
-        else:
-            limit = load.limit
-        return max(0, min(limit - in_flight, limit - load.running if load.limit is not None else limit))
+            return 8
+        beside_clients = now - self._interactive_at < QUIET_AFTER_S
+        own_limit = max(1, int(self._share * load.limit)) if beside_clients else load.limit
+        return max(0, min(own_limit - in_flight, load.limit - load.running))

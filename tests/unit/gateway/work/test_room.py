@@ -1,0 +1,49 @@
+"""Batches take the slots that clients leave."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.gateway.work.room import QUIET_AFTER_S, BatchRoom, ModelLoad
+
+
+def load(limit: int | None, running: int, waiting: int = 0) -> ModelLoad:
+    return ModelLoad(limit=limit, running=running, waiting=waiting)
+
+
+def test_without_clients_batches_take_all_slots() -> None:
+    room = BatchRoom(0.5)
+    assert room.free(load(16, 0), in_flight=0, now=0.0) == 16
+    assert room.free(load(16, 16), in_flight=16, now=1.0) == 0
+
+
+def test_beside_clients_batches_take_their_share_and_never_more_than_is_free() -> None:
+    room = BatchRoom(0.5)
+    assert room.free(load(16, 2), in_flight=0, now=0.0) == 8
+    assert room.free(load(16, 14), in_flight=2, now=0.0) == 2
+    assert room.free(load(16, 12), in_flight=8, now=0.0) == 0
+
+
+def test_after_clients_have_left_for_a_while_batches_take_all_again() -> None:
+    room = BatchRoom(0.5)
+    room.free(load(16, 1), in_flight=0, now=0.0)
+    assert room.free(load(16, 0), in_flight=0, now=QUIET_AFTER_S / 2) == 8
+    assert room.free(load(16, 0), in_flight=0, now=2 * QUIET_AFTER_S) == 16
+
+
+def test_where_clients_wait_nothing_is_sent() -> None:
+    assert BatchRoom(1.0).free(load(16, 4, waiting=1), in_flight=0, now=0.0) == 0
+
+
+@given(
+    limit=st.integers(0, 1000),
+    share=st.floats(0.01, 1.0),
+    in_flight=st.integers(0, 1000),
+    interactive=st.integers(0, 1000),
+    waiting=st.integers(0, 5),
+)
+def test_the_limit_is_never_exceeded(limit: int, share: float, in_flight: int, interactive: int, waiting: int) -> None:
+    running = in_flight + interactive
+    free = BatchRoom(share).free(load(limit, running, waiting), in_flight, now=0.0)
+    assert free >= 0 and (free == 0 or running + free <= max(1, limit))
