@@ -135,8 +135,8 @@ def test_a_file_that_cannot_be_trained_on_fails_the_job_with_the_line(served: Se
     )
     file = client.files.create(file=("broken.jsonl", broken), purpose="fine-tune")
     processed = client.files.wait_for_processing(file.id, poll_interval=0.5)
-    assert processed.status == "error" and "line 5" in str(processed.status_details)
-    with pytest.raises(BadRequestError, match="line 5"):
+    assert processed.status == "error" and "Line 5" in str(processed.status_details)
+    with pytest.raises(BadRequestError, match="Line 5"):
         client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
 
 
