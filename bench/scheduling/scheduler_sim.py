@@ -38,6 +38,8 @@ from bench.scheduling.schedulers import Fifo, KueueLike, Scheduler, Tandem
 from bench.scheduling.simulation import CLASSES, Simulation
 from bench.scheduling.workload import GPUS_PER_NODE, HOUR_S, TraceJob, Workload
 
+SERVED_LOAD = 0.85
+"""GPU-time of the jobs beside serving, as a share of what the whole cluster has."""
 JAIN_BAR = 0.95
 SECONDS_BAR = 60.0
 """CPU time for 10,000 jobs on 1,000 GPUs."""
@@ -86,7 +88,7 @@ def main() -> int:
         report.show(scenario["title"], COLUMNS, rows(scenario), width=170)
         report.show("Wait in hours by size of job: mean, p95", CLASS_COLUMNS, class_rows(scenario), width=130)
     serving = share_with_serving(
-        Workload(jobs=options.jobs // 2, gpus=options.gpus, load=options.load * 0.85, elastic=0.3, seed=options.seed),
+        Workload(jobs=options.jobs // 2, gpus=options.gpus, load=SERVED_LOAD, elastic=0.3, seed=options.seed),
     )
     rounds.append(serving)
     report.show(serving["title"], SERVING_COLUMNS, serving_rows(serving), width=130)
@@ -126,7 +128,7 @@ def share_with_serving(load: Workload) -> dict[str, Any]:
     ).run()
     return {
         "kind": "serving",
-        "title": f"{load.jobs:,} jobs on {load.gpus:,} GPUs beside serving, which needs up to {peak} replicas of 2 GPUs",
+        "title": f"{load.jobs:,} jobs on {load.gpus:,} GPUs beside serving, which needs up to {peak} replicas of {workload.SERVING_REPLICA.gpus:g} GPUs",
         "peak_replicas": peak,
         "span_h": trace[-1].job.submitted_s / HOUR_S,
         "apart_gpus": apart_nodes * GPUS_PER_NODE,
