@@ -30,6 +30,8 @@ CONFIGS = (
     ("Training job", "TrainConfig", "`tandem train submit --config FILE`, `train_apps/*.py`"),
     ("Served app", "ServeConfig", "`tandem serve up --config FILE`, `args` of `serve_apps/openai.yaml`"),
     ("Batch run", "BatchConfig", "`tandem batch run --config FILE`"),
+    ("Scheduling", "SchedulingConfig", "the [scheduler](../concepts/scheduling.md) of a cluster"),
+    ("Scheduling of a job", "JobSchedulingConfig", "the [scheduler](../concepts/scheduling.md), for one job"),
 )
 
 

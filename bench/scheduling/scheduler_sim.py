@@ -38,6 +38,8 @@ from bench.scheduling.schedulers import Fifo, KueueLike, Scheduler, Tandem
 from bench.scheduling.simulation import CLASSES, Simulation
 from bench.scheduling.workload import GPUS_PER_NODE, HOUR_S, TraceJob, Workload
 
+SERVED_LOAD = 0.85
+"""GPU-time of the jobs beside serving, as a share of what the whole cluster has."""
 JAIN_BAR = 0.95
 SECONDS_BAR = 60.0
 """CPU time for 10,000 jobs on 1,000 GPUs."""
@@ -55,7 +57,7 @@ COLUMNS = (
     "scheduler", "utilisation", "wait h: mean, p50, p95, max", "slowdown: mean, p95", "Jain", "preemptions, resizes",
     "lost GPU-h", "decision ms: p50, p99", "seconds",
 )  # fmt: skip
-CLASS_COLUMNS = ("scheduler", *(f"{name} GPUs" for name, _ in CLASSES))
+CLASS_COLUMNS = ("scheduler", *(name for name, _ in CLASSES))
 SERVING_COLUMNS = (
     "GPUs",
     "replica waits s: p50, p95, max",
@@ -86,7 +88,7 @@ def main() -> int:
         report.show(scenario["title"], COLUMNS, rows(scenario), width=170)
         report.show("Wait in hours by size of job: mean, p95", CLASS_COLUMNS, class_rows(scenario), width=130)
     serving = share_with_serving(
-        Workload(jobs=options.jobs // 2, gpus=options.gpus, load=options.load * 0.85, elastic=0.3, seed=options.seed),
+        Workload(jobs=options.jobs // 2, gpus=options.gpus, load=SERVED_LOAD, elastic=0.3, seed=options.seed),
     )
     rounds.append(serving)
     report.show(serving["title"], SERVING_COLUMNS, serving_rows(serving), width=130)
@@ -116,7 +118,8 @@ def share_with_serving(load: Workload) -> dict[str, Any]:
     for _, each in demand:
         needed[each.key] = each.replicas
         peak = max(peak, sum(needed.values()))
-    apart_nodes = -(-peak * int(workload.SERVING_REPLICA.gpus) // GPUS_PER_NODE)
+    size = workload.SERVING_REPLICA.gpus
+    apart_nodes = -(-peak * int(size) // GPUS_PER_NODE)
     shared = Simulation(load, trace, Tandem(load.nodes(), load.tenant_list()), ticks=True, serving=demand).run()
     rest = load.nodes()[apart_nodes:]
     # What is larger than the rest of the cluster would never run there.
@@ -126,7 +129,7 @@ def share_with_serving(load: Workload) -> dict[str, Any]:
     ).run()
     return {
         "kind": "serving",
-        "title": f"{load.jobs:,} jobs on {load.gpus:,} GPUs beside serving, which needs up to {peak} replicas of 2 GPUs",
+        "title": f"{load.jobs:,} jobs on {load.gpus:,} GPUs beside serving, which needs up to {peak} replicas of {size:g} GPUs",
         "peak_replicas": peak,
         "span_h": trace[-1].job.submitted_s / HOUR_S,
         "apart_gpus": apart_nodes * GPUS_PER_NODE,
@@ -221,7 +224,7 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
         at_least("utilisation", tandem["utilisation"], best_effort["utilisation"] - 0.02, f"0.02 below {BEST_EFFORT}"),
         at_most("p95 wait in hours", tandem["p95_wait_h"], strict["p95_wait_h"], f"that of {STRICT}"),
         at_most(
-            f"p95 wait of jobs {large} GPUs in hours", tandem["classes"][large]["p95_wait_h"],
+            f"p95 wait of jobs {large}, in hours", tandem["classes"][large]["p95_wait_h"],
             best_effort["classes"][large]["p95_wait_h"], f"that of {BEST_EFFORT}",
         ),
         at_most("mean slowdown", tandem["mean_slowdown"], best_effort["mean_slowdown"], f"that of {BEST_EFFORT}"),

@@ -66,10 +66,10 @@ class Tandem:
         self.state.set_serving(demand, now)
 
     def decide(self, now: float) -> list[Decision]:
-        decisions = [decision for decision in decide(self.state, now) if not isinstance(decision, Hold)]
+        decisions = decide(self.state, now)
         for decision in decisions:
             self.state.apply(decision, now)
-        return decisions
+        return [decision for decision in decisions if not isinstance(decision, Hold)]
 
 
 class Fifo:
@@ -118,6 +118,7 @@ class KueueLike:
       head that is not admitted holds up its queue; BestEffortFIFO: the next of the queue is tried.
     - `reclaimWithinCohort: Any`, `withinClusterQueue: LowerPriority`: a job within its nominal quota preempts those of queues
       that borrow, and lower ones of its own queue; lower priorities and later starts first, none that is not needed.
+    - While a job waits for those that it preempts, no other starts by borrowing: it would be preempted next.
     - More than Kueue does by default: a job is admitted only where all of its workers fit on nodes, packed as Tandem packs them.
     """
 
@@ -131,6 +132,8 @@ class KueueLike:
         self._jobs: dict[str, Job] = {}
         self._running: dict[str, tuple[float, Start]] = {}
         self._stopping: set[str] = set()
+        self._preemptors: set[str] = set()
+        """Jobs that wait for others to stop."""
 
     def submit(self, job: Job, now: float) -> None:
         self._jobs[job.id] = job
@@ -156,6 +159,9 @@ class KueueLike:
 
     def decide(self, now: float) -> list[Decision]:
         decisions: list[Decision] = []
+        if not self._stopping:
+            # Whoever still waits has lost its room to a job that its quota covers, too, and preempts again.
+            self._preemptors.clear()
         places = dict.fromkeys(self._queues, 0)
         refused: set[tuple[str, float, int]] = set()
         while True:
@@ -170,9 +176,11 @@ class KueueLike:
                 job = self._jobs[entry[2]]
                 # A job like one that was refused in this decision is refused as well.
                 kind = (name, gpus(job), job.priority)
-                start = None if kind in refused else place(self._free, job)
+                waits = kind in refused or (bool(self._preemptors - {job.id}) and self._borrows(job))
+                start = None if waits else place(self._free, job)
                 if start is not None:
                     decisions.append(start)
+                    self._preemptors.discard(job.id)
                     self._running[job.id] = (now, start)
                     self._used[name] += gpus(job)
                     del self._queues[name][places[name]]
@@ -222,6 +230,7 @@ class KueueLike:
             else:
                 pool.give_all(placement, worker)
         self._stopping |= set(victims)
+        self._preemptors.add(job.id)
         return [Preempt(job_id=job_id, reason=f"preempted for {job.id}") for job_id in victims]
 
 

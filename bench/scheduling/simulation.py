@@ -24,7 +24,7 @@ TICK_S = 120.0
 """Time between two decisions without an event, for schedulers that have delays."""
 SLOWDOWN_FLOOR_S = 600.0
 """Run time that shorter jobs count with: waiting a minute for a second is no slowdown of 60 (bounded slowdown)."""
-CLASSES = (("1", 1), ("2 to 8", 8), ("16 to 32", 32), ("above 32", 10**9))
+CLASSES = (("1 GPU", 1), ("2 to 8 GPUs", 8), ("16 to 32 GPUs", 32), ("above 32 GPUs", 10**9))
 
 
 @dataclass(slots=True)

@@ -53,7 +53,7 @@ GPU_S_BETWEEN_INTERRUPTIONS = 16_384 * 54 * DAY_S / 419
 CHECKPOINT_EVERY_S, CHECKPOINT_COST_S, RESTART_S = 1800.0, 30.0, 60.0
 LIMITS_S = tuple(hours * HOUR_S for hours in (0.5, 1, 2, 4, 8, 12, 24, 48, 96, 168, 336, 672))
 HIGH, NORMAL, LOW = 1, 0, -1
-SERVING_REPLICA = Resources(16, 2)
+SERVING_REPLICA = Resources(32, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ class Workload:
         run_s = planned_s * (dice.random() if dice.random() < FAILED + CANCELLED else 1.0)
         wanted_s = planned_s * dice.uniform(1.2, 4.0)
         limit_s = next((limit for limit in LIMITS_S if limit >= wanted_s), LIMITS_S[-1])
-        counts = (gpus,)
+        counts: tuple[int, ...] = (gpus,)
         if gpus >= 4 and dice.random() < self.elastic:
             counts = (gpus // 4, gpus // 2, gpus)
         tenant = dice.choices(range(self.tenants), [1 / (rank + 1) for rank in range(self.tenants)])[0]

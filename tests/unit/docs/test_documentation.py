@@ -11,7 +11,14 @@ import yaml
 from documentation import PAGES, REPOSITORY, Block, blocks
 
 from tandem.cli.main import app
-from tandem.config import BatchConfig, ServeConfig, TrainConfig, from_dict
+from tandem.config import (
+    BatchConfig,
+    JobSchedulingConfig,
+    SchedulingConfig,
+    ServeConfig,
+    TrainConfig,
+    from_dict,
+)
 from tandem.config.kubernetes import KubernetesSite
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ConfigError
@@ -21,6 +28,8 @@ BASE: dict[type, dict[str, Any]] = {
     TrainConfig: {"name": "a", "data": {"path": "b"}, "model": {"base": "c"}, "steps": 1, "batch_size": 8},
     ServeConfig: {"models": [{"model": "a"}]},
     SlurmSite: {},
+    SchedulingConfig: {},
+    JobSchedulingConfig: {},
     KubernetesSite: {},
     BatchConfig: {"input": "a.jsonl", "model": "b", "output": "c"},
 }

@@ -71,7 +71,7 @@ def _add_replicas(
 
 def _claim(demand: ServingDemand, replicas: int, source: Pool, free: Pool, released: Pool) -> list[str]:
     """Nodes for up to `replicas` replicas that fit into `source`; taken from both pools."""
-    nodes = []
+    nodes: list[str] = []
     while len(nodes) < replicas and (placed := source.pack(demand.replica, 1)):
         (node_id,) = placed
         free.take(node_id, demand.replica)

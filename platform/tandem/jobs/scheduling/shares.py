@@ -27,7 +27,7 @@ class TenantAccount:
 
     def average_at(self, now: float) -> Resources:
         """The decayed average at a later time."""
-        kept = 0.5 ** (max(0.0, now - self.updated_s) / self.half_life_s)
+        kept: float = 0.5 ** (max(0.0, now - self.updated_s) / self.half_life_s)
         return self.average * kept + self.held * (1.0 - kept)
 
     def add(self, amount: Resources, now: float) -> None:
