@@ -303,8 +303,8 @@ async def test_uploads_that_stall_make_room_for_others_in_the_byte_budget(tmp_pa
         await until(lambda: budget.held > 300_000)
         await asyncio.sleep(1.1)  # held_bytes.STALLED_S
         made = await files.lab.files.create(file=b"y" * 300_000, purpose="user_data")
+        ended.set()  # the client reads no answer before its body has ended
         answer = await stalled
-        ended.set()
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "gateway_full"
         assert [path.name for path in files.stored()] == [made.id] and budget.held == 0
 
