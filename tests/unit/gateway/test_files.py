@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import stat
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -375,3 +376,19 @@ async def test_a_web_page_cannot_upload_to_an_app_without_keys(tmp_path: Path) -
             assert answer.status_code == status, answer.text
         # Files of an app without keys belong to the tenant of keys that are made without one.
         assert len(FileStore.at(world.registry.address).page("default", limit=10)) == 1
+
+
+async def test_the_content_of_a_client_that_leaves_is_closed(files: Files) -> None:
+    made = await files.lab.files.create(file=b"x" * 20_000_000, purpose="user_data")
+    location = files.store.get(made.id, "lab").location
+
+    def is_open() -> bool:
+        return any(os.path.realpath(f"/proc/self/fd/{each}") == location for each in os.listdir("/proc/self/fd"))
+
+    head = await files.world.http.head(f"/v1/files/{made.id}/content", headers=auth(files.lab))
+    assert head.headers["content-length"] == "20000000" and "attachment" in head.headers["content-disposition"]
+    async with files.world.http.stream("GET", f"/v1/files/{made.id}/content", headers=auth(files.lab)) as answer:
+        assert len(await anext(answer.aiter_bytes())) > 0
+        assert is_open()
+    await until(lambda: not is_open())
+    assert len((await files.lab.files.content(made.id)).content) == 20_000_000
