@@ -11,6 +11,7 @@ import logging
 from tandem.errors import TandemError
 from tandem.files.content import ContentStore, remove_content
 from tandem.files.uploads import UploadStore
+from tandem.storage import base_name
 
 STAGING_AGE_S = 2 * 3600.0
 """Seconds after its last byte when a transfer counts as broken: its client would have been refused before."""
@@ -47,9 +48,11 @@ class Janitor:
                 _removed(location)
         old = (location for location, published in self._contents.stale(UNRECORDED_AGE_S) if published)
         while locations := list(itertools.islice(old, LOCATIONS_AT_ONCE)):
-            for location in self._store.without_record(locations):
-                log.warning("%s has no record; it is removed.", location)
-                _removed(location)
+            # By their ids: stores write the same location in several ways.
+            of_id = {base_name(location): location for location in locations}
+            for content_id in self._store.without_record(of_id):
+                log.warning("%s has no record; it is removed.", of_id[content_id])
+                _removed(of_id[content_id])
 
 
 def _removed(location: str) -> bool:

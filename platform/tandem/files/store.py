@@ -210,11 +210,12 @@ class FileStore(RegistryConnection):
                 delete(FileRow).where(FileRow.deleted_at < datetime.now(UTC) - KEPT_ROWS, FileRow.location.is_(None))
             )
 
-    def without_record(self, locations: Iterable[str]) -> set[str]:
-        """Those of the locations that no file has."""
-        wanted = set(locations)
+    def without_record(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids of which no file has a content."""
+        wanted = set(ids)
         with self._reading() as session:
-            return wanted - set(session.scalars(select(FileRow.location).where(FileRow.location.in_(wanted))))
+            query = select(FileRow.id).where(FileRow.id.in_(wanted), FileRow.location.is_not(None))
+            return wanted - set(session.scalars(query))
 
 
 def insert_file(session: Session, new: NewFile, quota_bytes: int) -> FileRecord:

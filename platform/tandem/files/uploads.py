@@ -180,12 +180,11 @@ class UploadStore(FileStore):
             if row is not None:
                 session.delete(row)
 
-    def without_record(self, locations: Iterable[str]) -> set[str]:
-        """Those of the locations that no file and no part has."""
-        wanted = super().without_record(locations)
+    def without_record(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids of which no file and no part has a content."""
+        wanted = super().without_record(ids)
         with self._reading() as session:
-            query = select(UploadPartRow.location).where(UploadPartRow.location.in_(wanted))
-            return wanted - set(session.scalars(query))
+            return wanted - set(session.scalars(select(UploadPartRow.id).where(UploadPartRow.id.in_(wanted))))
 
     def _end(self, session: Session, upload_id: str, tenant: str, status: UploadStatus, action: str) -> None:
         """Give a pending upload its final status, and give back the bytes of its parts; FileError if it has another one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import stat
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -303,8 +304,8 @@ async def test_uploads_that_stall_make_room_for_others_in_the_byte_budget(tmp_pa
         await until(lambda: budget.held > 300_000)
         await asyncio.sleep(1.1)  # held_bytes.STALLED_S
         made = await files.lab.files.create(file=b"y" * 300_000, purpose="user_data")
+        ended.set()  # the client reads no answer before its body has ended
         answer = await stalled
-        ended.set()
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "gateway_full"
         assert [path.name for path in files.stored()] == [made.id] and budget.held == 0
 
@@ -375,3 +376,19 @@ async def test_a_web_page_cannot_upload_to_an_app_without_keys(tmp_path: Path) -
             assert answer.status_code == status, answer.text
         # Files of an app without keys belong to the tenant of keys that are made without one.
         assert len(FileStore.at(world.registry.address).page("default", limit=10)) == 1
+
+
+async def test_the_content_of_a_client_that_leaves_is_closed(files: Files) -> None:
+    made = await files.lab.files.create(file=b"x" * 20_000_000, purpose="user_data")
+    location = files.store.get(made.id, "lab").location
+
+    def is_open() -> bool:
+        return any(os.path.realpath(f"/proc/self/fd/{each}") == location for each in os.listdir("/proc/self/fd"))
+
+    head = await files.world.http.head(f"/v1/files/{made.id}/content", headers=auth(files.lab))
+    assert head.headers["content-length"] == "20000000" and "attachment" in head.headers["content-disposition"]
+    async with files.world.http.stream("GET", f"/v1/files/{made.id}/content", headers=auth(files.lab)) as answer:
+        assert len(await anext(answer.aiter_bytes())) > 0
+        assert is_open()
+    await until(lambda: not is_open())
+    assert len((await files.lab.files.content(made.id)).content) == 20_000_000

@@ -14,7 +14,7 @@ from tandem.settings import child_environment
 
 
 class ContentCheck:
-    """Runs one check at a time; `kill` ends it."""
+    """Runs one check at a time; `kill` ends it, and those that are begun later."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +36,9 @@ class ContentCheck:
             env=child_environment(),
         )
         with self._lock:
-            self._process, self._killed = process, False
+            self._process = process
+            if self._killed:
+                process.kill()
         try:
             output, errors = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -56,7 +58,7 @@ class ContentCheck:
         return Report.from_json(output)
 
     def kill(self) -> None:
-        """End the check that runs."""
+        """End the check that runs, and each one that is begun later."""
         with self._lock, contextlib.suppress(ProcessLookupError):
             self._killed = True
             if self._process is not None:

@@ -21,6 +21,8 @@ COMPONENTS = "#/components/schemas/"
 BODIES = (FileForm, UploadCreation, UploadCompletion)
 ANSWERS = (FileObject, FileList, DeletedFile, Upload, UploadPart)
 BINARY = {"type": "string", "format": "binary", "minLength": 1}
+FORM_ENCODING = {"expires_after": {"style": "deepObject", "explode": True}}
+"""`expires_after[anchor]` and `expires_after[seconds]` are fields of their own."""
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -34,7 +36,11 @@ def file_schemas() -> dict[str, Any]:
     bodies = [(model, "validation") for model in BODIES]
     answers = [(model, "serialization") for model in ANSWERS]
     _, found = models_json_schema([*bodies, *answers], ref_template=COMPONENTS + "{model}")  # type: ignore[list-item]
-    return dict(found["$defs"])
+    schemas: dict[str, Any] = dict(found["$defs"])
+    form = schemas[FileForm.__name__]
+    form["properties"] = {"file": BINARY, **form["properties"]}
+    form["required"] = ["file", *form["required"]]
+    return schemas
 
 
 def file_paths(errors: dict[str, Any]) -> dict[str, Any]:
@@ -47,13 +53,12 @@ def file_paths(errors: dict[str, Any]) -> dict[str, Any]:
         _query("order", {"enum": ["asc", "desc"], "default": "desc"}),
         _query("purpose", {"type": "string"}),
     ]
-    form = {"allOf": [_ref(FileForm), {"type": "object", "required": ["file"], "properties": {"file": BINARY}}]}
     part = {"type": "object", "required": ["data"], "properties": {"data": BINARY}}
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     paths = {
         "/v1/files": {
             "get": _operation("list_files", FileList, parameters=page),
-            "post": _operation("create_file", FileObject, form=form, parameters=[IDEMPOTENCY_KEY]),
+            "post": _operation("create_file", FileObject, form=_ref(FileForm), parameters=[IDEMPOTENCY_KEY]),
         },
         "/v1/files/{file_id}": {
             "get": _operation("retrieve_file", FileObject, parameters=[file_id]),
@@ -93,7 +98,11 @@ def _operation(
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
     if form is not None:
-        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
+        encoding = {"encoding": FORM_ENCODING} if form == _ref(FileForm) else {}
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": form} | encoding},
+        }
     return operation
 
 
