@@ -31,11 +31,12 @@ name: {name}
 data: {{path: text, sequence_length: 64}}
 model: {{architecture: llama, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, intermediate_size: 64}}
 parallel: {{workers: {workers}, cpus_per_worker: 1.5}}
-checkpoint: {{every_steps: 20}}
+checkpoint: {{every_steps: 100}}
 steps: {steps}
 batch_size: 4
 """
-STEPS = 1500
+STEPS = 4000
+"""Steps of a run that is stopped twice: some hundred pass between a signal and its end."""
 PROJECT = """\
 setup: .venv/.ready-cpu
 .venv/.ready-cpu:
@@ -235,8 +236,9 @@ def test_training_that_spans_three_jobs_has_the_losses_of_one(site: Site) -> Non
         found = list((site.home / "jobs").glob(f"{name}-*"))
         return losses(found[0]) if found else {}
 
-    for run, step in enumerate((200, 800)):
-        wait_until(lambda step=step: max(steps("parts"), default=0) >= step or site.job_failed(), 240, "no step came")
+    for run in range(2):
+        next_step = max(steps("parts"), default=0) + 100
+        wait_until(lambda: max(steps("parts"), default=0) >= next_step or site.job_failed(), 240, "no step came")  # noqa: B023
         assert not site.job_failed(), site.output()
         # What Slurm sends before the time limit.
         site.slurm.run("scancel", "--signal=USR1", "--batch", job_id)
