@@ -19,6 +19,19 @@ from tandem.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers to the base 60: `12:00:00` is text, as in YAML 1.2, and not 43,200."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for first in "-+0123456789":
+    # The first resolver that matches decides.
+    base_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+    _Loader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:str", base_60))
+
+
 def load_yaml(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
     """Read `path` as a `cls`, after laying each `a.b=c` of `overrides` over it; an error says in which line."""
     overrides = tuple(overrides)
@@ -29,7 +42,7 @@ def load_yaml(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError with the line where it is not one."""
     try:
-        value = yaml.safe_load(path.read_text())
+        value = parse_yaml(path.read_text())
     except FileNotFoundError as error:
         hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         raise ConfigError(f"No config file at {path}.{hint}") from error
@@ -46,6 +59,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a subclass of SafeLoader
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=c` set; `c` is read as YAML, so `[1, 2]`, `true` and `null` work."""
     result: dict[str, Any] = _copy(values)
@@ -55,7 +73,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         if not equals or not all(keys):
             raise ConfigError(f"--set {override!r} is not of the form key.subkey=value.")
         try:
-            value = yaml.safe_load(yaml_text)
+            value = parse_yaml(yaml_text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r}: the value is not YAML.") from error
         # YAML 1.1 reads 3e-4 as text; the user means the number.

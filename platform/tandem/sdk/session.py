@@ -14,10 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Self
 
-import yaml
-
 from tandem.cluster.local import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
+from tandem.config.load import parse_yaml
 from tandem.data.index import DatasetIndex
 from tandem.errors import ConfigError, DataError, JobError, did_you_mean
 from tandem.jobs.prepare import prepare
@@ -114,4 +113,4 @@ def recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     if name not in known:
         raise ConfigError(f"There is no recipe {name!r}; known: {', '.join(sorted(known))}.{did_you_mean(name, known)}")
     text = known[name].read_text()
-    return from_dict(TrainConfig, apply_overrides(yaml.safe_load(text), overrides))
+    return from_dict(TrainConfig, apply_overrides(parse_yaml(text), overrides))

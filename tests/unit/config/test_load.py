@@ -26,7 +26,8 @@ from tandem.config import (
     load_yaml,
     to_dict,
 )
-from tandem.config.load import read_yaml
+from tandem.config.load import parse_yaml, read_yaml
+from tandem.config.slurm import SlurmSite
 from tandem.errors import ConfigError
 
 MINIMAL = {"name": "base", "data": {"path": "text"}}
@@ -317,3 +318,11 @@ def test_whatever_an_override_says_it_is_applied_or_a_config_error(text):
 def test_a_config_derives_from_another_by_replace():
     base = TrainConfig(name="base", data=DataConfig(path="text"))
     assert replace(base, steps=7) == from_dict(TrainConfig, {**MINIMAL, "steps": 7})
+
+
+def test_a_time_of_day_is_text_and_not_a_number_of_seconds(tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("time: 12:30:00\n")
+    assert load_yaml(SlurmSite, path).time == "12:30:00"
+    assert load_yaml(SlurmSite, path, ["time=1:30:00"]).time == "1:30:00"
+    assert parse_yaml("[12, 1.5, -3, 1e3, 0x10, 1:2]") == [12, 1.5, -3, "1e3", 16, "1:2"]
