@@ -161,11 +161,13 @@ async def drive(
     wall, cpu, waited = time.perf_counter() - started, time.process_time() - cpu, run_queue_s() - waited
     failed = [reason for tally in tallies for reason in tally.failed]
     finished = sum(len(tally.between) for tally in tallies)
+    first = [seconds for tally in tallies for seconds in tally.first] or [0.0]
     return {
         "streams": streams,
         "whole": whole,
         "tokens_per_s": finished * tokens / wall,
-        "first_token_ms": 1000 * statistics.median([s for t in tallies for s in t.first] or [0.0]),
+        "first_token_ms": 1000 * statistics.median(first),
+        "first_token_p95_ms": 1000 * sorted(first)[int(0.95 * (len(first) - 1))],
         "between_tokens_ms": 1000 * statistics.median([s for t in tallies for s in t.between] or [0.0]),
         "requests": finished,
         "events": sum(t.events for t in tallies),
