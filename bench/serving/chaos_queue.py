@@ -190,7 +190,7 @@ def own_file_system() -> Iterator[Path]:
         home = Path(folder)
         if os.geteuid() != 0:
             raise SystemExit("This benchmark mounts a file system of its own, which root alone may do.")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={HOME_MIB}m", "tmpfs", str(home)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={HOME_MIB}m,mode=700", "tmpfs", str(home)], check=True)
         try:
             yield home
         finally:

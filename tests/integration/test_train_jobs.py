@@ -14,7 +14,10 @@ from drivers import MODEL, Driver
 
 from tandem.checkpoint import folders
 from tandem.cluster.local import LocalCluster
+from tandem.config import to_dict
 from tandem.data.build import build_dataset
+from tandem.jobs.extend import extension_of
+from tandem.jobs.folder import JobFolder
 from tandem.observability import codec
 from tandem.registry import Registry
 
@@ -207,6 +210,25 @@ def test_deepspeed_trains_like_fsdp2(home: Path, base: str, run: Callable[..., D
     assert losses(home, "zero") == pytest.approx(losses(home, "base"), abs=1e-5)
     assert [e["step"] for e in found if e["event"] == "checkpoint"] == [5, 10]
     assert (Path(found[-1]["path"]) / "model.safetensors").exists()
+
+
+@pytest.mark.slow  # three jobs
+def test_an_extended_job_has_the_losses_of_one_longer_run(home: Path, run: Callable[..., Driver]):
+    constant = {"learning_rate": 0.01, "schedule": "constant"}
+    for name, steps in (("short", 6), ("long", 10)):
+        status, _ = run(name, steps=steps, optimizer=constant, checkpoint={"every_steps": 0}).end()
+        assert status == 0
+    extended = to_dict(extension_of(JobFolder(home / "jobs" / "short"), 4))
+    driver = run("extended", **{key: value for key, value in extended.items() if value is not None and key != "name"})
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    assert next(e for e in found if e["event"] == "started")["resumed_from"] == 6
+    whole = losses(home, "long")
+    assert losses(home, "extended") == pytest.approx({step: whole[step] for step in (7, 8, 9, 10)}, abs=1e-6)
+    record = Registry(f"sqlite:///{home}/tandem.db").resolve("extended")
+    assert record.lineage["extends"] == "short" and record.lineage["steps"] == 10
+    # The job that was extended is as it was.
+    assert folders.latest(home / "jobs" / "short" / "checkpoints").name == "step-00000006"
 
 
 @pytest.mark.slow  # a job, twice

@@ -121,6 +121,21 @@ class Checkpoints:
             return load(checkpoint, model, optimizer, extra=extra, group=self._group), messages
         return None, messages
 
+    def load_from(
+        self,
+        checkpoint: Location,
+        model: TrainableModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        extra: Mapping[str, Stateful] = _NOTHING,
+    ) -> SavedState:
+        """Load a checkpoint of another run, which stays as it is; CheckpointError if it is damaged or of another model."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if self._group is not None else (0, 1)
+        parts = self._gather_from_ranks(lambda: folders.find_damage(checkpoint, rank, world))
+        if damage := [problem for part in parts for problem in part]:
+            raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(damage)}. Extend another job, or train anew.")
+        return load(checkpoint, model, optimizer, extra=extra, group=self._group)
+
     def _gather_from_ranks(self, read: Any) -> list[Any]:
         """The result of `read` on each rank; an error of one rank is raised on all, so that none waits for another."""
         own_result: tuple[Any, str | None]

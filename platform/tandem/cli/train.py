@@ -21,6 +21,7 @@ from tandem.cluster.local import connect
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import ConfigError, JobError
 from tandem.jobs.client import JobClient
+from tandem.jobs.extend import extension_of
 from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_job, job_folders
 from tandem.jobs.sweep import find_sweep, stop_sweep
 from tandem.observability import codec
@@ -57,6 +58,23 @@ def submit_command(
     """Submit a training job, show its progress, and leave with its exit status."""
     with friendly_errors():
         raise SystemExit(submit(load_yaml(TrainConfig, config, overrides), detach=detach, raw=raw))
+
+
+@train_app.command("extend")
+def extend_command(
+    job_id: Annotated[str, typer.Argument(help="The job to go on from, or `latest`.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to add.")],
+    rewarm: Annotated[
+        bool, typer.Option("--rewarm", help="Warm up and decay the learning rate anew, over the added steps.")
+    ] = False,
+    overrides: SetOption = [],  # noqa: B006  (typer copies it)
+    detach: DetachOption = False,
+    raw: RawOption = False,
+) -> None:
+    """Train further: a job of its own that goes on from the last checkpoint of one that has ended."""
+    with friendly_errors():
+        config = extension_of(find_job(job_id), steps, rewarm=rewarm, overrides=overrides)
+        raise SystemExit(submit(config, detach=detach, raw=raw))
 
 
 def submit_script(kind: str) -> None:

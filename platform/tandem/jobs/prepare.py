@@ -81,9 +81,10 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     plain = to_dict(resolved)
     content = {k: v for k, v in plain.items() if k not in NON_CONTENT_KEYS or k in compared}
     left_out = ("path", "mixture") if "data" in compared else ("path", "mixture", *READER_KEYS)
-    if config.tenant is None:
-        # As before there was this key: the ids of jobs of then stay.
-        del content["tenant"]
+    for key in ("tenant", "extends"):
+        # As before there were these keys: the ids of jobs of then stay.
+        if content[key] is None:
+            del content[key]
     content["data"] = {k: v for k, v in plain["data"].items() if k not in left_out}
     if content["evaluation"] is not None:
         content["evaluation"] = {**content["evaluation"], "data": evaluation_index.digest if evaluation_index else None}

@@ -30,6 +30,17 @@ class RetryingCheckpoints:
         """See `Checkpoints.load`."""
         return self._checkpoints.load(model, optimizer, extra=extra)
 
+    def load_from(
+        self,
+        checkpoint: Location,
+        model: ParallelModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        extra: Mapping[str, Stateful],
+    ) -> SavedState:
+        """See `Checkpoints.load_from`."""
+        return self._checkpoints.load_from(checkpoint, model, optimizer, extra=extra)
+
     def save(
         self,
         model: ParallelModel,

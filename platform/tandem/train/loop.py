@@ -189,13 +189,15 @@ class _Stepper:
     def __post_init__(self) -> None:
         self._nonfinite = NonFiniteGuard(self.config.faults.max_nonfinite)
         self._degrees = self.model.mesh.degrees
+        extends = self.config.extends
+        self._schedule_start = extends.step if extends is not None and extends.rewarm else 0
         self._rows_per_rank = self.config.batch_size // self._degrees.data_parallel
 
     def step(self, rows: RowSource, device: torch.device) -> _StepResult:
         """Take the next step over this rank's share of the batch."""
         config, state, scaler = self.config, self.state, self.scaler
         state.step += 1
-        rate = learning_rate(config.optimizer, state.step, config.steps)
+        rate = learning_rate(config.optimizer, state.step - self._schedule_start, config.steps - self._schedule_start)
         set_learning_rate(self.optimizer, rate)
         self.hooks.on_phase("step", state.step)
         wait_started = time.perf_counter()

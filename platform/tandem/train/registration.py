@@ -95,6 +95,8 @@ def lineage_of(
         "loss": loss,
         "evaluation": evaluation,
     }
+    if config.extends is not None:
+        lineage["extends"] = config.extends.job
     if base is not None and base.record and base.record.commit:
         lineage["base_commit"] = f"{base.record.lineage['hub']} {base.record.commit}"
     if base is not None and config.lora is None:

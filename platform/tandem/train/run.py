@@ -36,6 +36,7 @@ from tandem.observability.events import (
     WorkersStopped,
 )
 from tandem.registry import restore as restore_hub_files
+from tandem.storage import located
 from tandem.train.adapters.lora import add_adapters
 from tandem.train.adapters.quantize import load_nf4
 from tandem.train.anomalies import LossSpike, SkippedStep
@@ -205,6 +206,10 @@ class TrainingRun:
             notify=self._notify,
         )
         restored, damage_messages = self.checkpoints.load(self.model, self.optimizer, extra=self._extra_state())
+        if restored is None and config.extends is not None:
+            restored = self.checkpoints.load_from(
+                located(config.extends.checkpoint), self.model, self.optimizer, extra=self._extra_state()
+            )
         if restored is not None:
             self.state = LoopState(step=restored.step, tokens=restored.tokens, rows=rows_consumed(restored.cursor))
             self._last_loss = restored.loss

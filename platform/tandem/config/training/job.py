@@ -57,6 +57,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExtensionConfig:
+    """The checkpoint of another job that a job goes on from (`tandem train extend`)."""
+
+    job: str
+    """Id of that job."""
+    checkpoint: str
+    """Folder or URI of its checkpoint."""
+    step: int
+    """Step of the checkpoint; `steps` counts on from there."""
+    rewarm: bool = False
+    """Warm up and decay the learning rate anew, over the steps that are added."""
+
+    def __post_init__(self) -> None:
+        check.at_least("extends.step", self.step, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training job."""
 
@@ -95,6 +112,8 @@ class TrainConfig:
     """Compile the model's layers (torch.compile): faster steps on a GPU, after a first one that takes a minute longer."""
     attention: str = "sdpa"
     """sdpa, or flex: skips attention between documents of a row (on a GPU, with compile)."""
+    extends: ExtensionConfig | None = None
+    """Set by `tandem train extend`: the run goes on from a checkpoint of another job."""
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
@@ -131,6 +150,10 @@ class TrainConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(
                 f"ema is {self.ema}; it must be above 0 and below 1, such as 0.999. Unset it for no average."
+            )
+        if self.extends is not None and self.steps <= self.extends.step:
+            raise ConfigError(
+                f"steps is {self.steps}, and {self.extends.job} has {self.extends.step} already. Raise steps above that."
             )
         self._check_device()
         self._check_deepspeed()
