@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -102,17 +103,7 @@ def create_app(
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        try:
-            async with _run_services(
-                request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report, work.worker
-            ):
-                yield
-        finally:
-            for closeable in (usage, day_usage, key_routes, files, work):
-                closeable.close()
-
+    services = (request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report, work.worker)
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
@@ -124,13 +115,14 @@ def create_app(
             Mount(PREFIX, administration),
         ],
         middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
-        lifespan=lifespan,
+        lifespan=_lifespan(services, (usage, day_usage, key_routes, files, work)),
         exception_handlers=EXCEPTION_HANDLERS,
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
-    app.state.identity, app.state.catalog, app.state.relay, app.state.files = identity, catalog, relay, files
+    app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
+    app.state.files, app.state.work = files, work
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
@@ -182,6 +174,31 @@ class BackgroundService(Protocol):
     def stop(self) -> Awaitable[None] | None:
         """End."""
         ...
+
+
+class Closeable(Protocol):
+    """A part of the app with threads or connections to end."""
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
+def _lifespan(
+    services: Iterable[BackgroundService | None], closeables: Iterable[Closeable]
+) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Run the services while the app serves, and close what has to be closed when it ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            async with _run_services(*services):
+                yield
+        finally:
+            for closeable in closeables:
+                closeable.close()
+
+    return lifespan
 
 
 @contextlib.asynccontextmanager

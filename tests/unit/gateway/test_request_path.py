@@ -26,7 +26,7 @@ AUTHENTICATION = {
     "serve.listen",
 }
 """They stand before the path (docs/adr/0027): they decide whether a request begins."""
-BACKGROUND = {"_follow", "refresh", "_cut_stalled_clients", "watch", "_poll"}
+BACKGROUND = {"_follow", "refresh", "_cut_stalled_clients", "watch", "_poll", "_repeat"}
 """Functions of tasks that run beside requests; what these call is not part of a request's path."""
 
 

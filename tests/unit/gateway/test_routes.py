@@ -195,7 +195,8 @@ def test_the_gateway_offers_no_internal_route(tmp_path: Path) -> None:
     }
     assert {("POST", route.path) for route in ENGINE_ROUTES} <= offered & ALLOWED
     own = {"/health", "/health/live", "/health/ready", "/openapi.json", "/v1/models", "/v1/models/{name:path}"}
-    assert {path for _, path in offered - ALLOWED if not path.startswith(("/v1/responses/", "/admin/"))} == own
+    resources = ("/v1/responses/", "/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning/", "/admin/")
+    assert {path for _, path in offered - ALLOWED if not path.startswith(resources)} == own
     assert ("GET", "/metrics") not in offered
 
 
