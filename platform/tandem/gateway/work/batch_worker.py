@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import sys
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -194,17 +193,17 @@ class BatchWorker:
 
     async def _send(self, item: Item) -> None:
         """Send one request until it has an answer that is no refusal for lack of room."""
-        answered = _Answered(item=item, error="The gateway that had it has ended.")
         try:
             answered = await self._answer(item)
         except TandemError as error:
             answered = _Answered(item=item, error=str(error), retryable=False)
+        except Exception as error:
+            log.exception("A request of the batch %s failed.", item.job)
+            answered = _Answered(item=item, error=f"{type(error).__name__}: {error}")
         finally:
-            assert item.lease is not None
             self._under_way[item.adapter] -= 1
-            self._tasks.pop(item.lease, None)
-            if not isinstance(sys.exception(), asyncio.CancelledError):
-                self._answered.append(answered)
+            self._tasks.pop(_lease(item), None)
+        self._answered.append(answered)
 
     async def _answer(self, item: Item) -> _Answered:
         payload = item.payload or {}

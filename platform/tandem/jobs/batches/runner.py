@@ -31,7 +31,8 @@ from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
 from tandem.registry.conditions import Condition
 
-POLL_S = 1.0
+POLL_S, COUNTED_PER_S = 1.0, 5000
+"""Seconds between two looks at a batch, at least, and requests that are counted for each second between them."""
 CHECK_TIMEOUT_S = 600.0
 PAGE = 1000
 ENDINGS = {
@@ -121,8 +122,12 @@ class BatchRunner:
             result = {"errors": errors.model_dump()}
             return RunStatus(state=RunState.FAILED, error=errors.data[0].message, retryable=False, result=result)
         self._enqueue(job)
-        while not run.stop.wait(POLL_S):
-            if all(state.ended for state in self._queue.counts(job.id)):
+        pause_s = POLL_S
+        while not run.stop.wait(pause_s):
+            counts = self._queue.counts(job.id)
+            # Counting takes longer, and matters less, where there are many.
+            pause_s = max(POLL_S, sum(counts.values()) / COUNTED_PER_S)
+            if all(state.ended for state in counts):
                 return RunStatus(state=RunState.FINISHED, result=self._write_outputs(job))
         return RunStatus(state=RunState.STOPPED, result=self._write_outputs(job) if run.ends else None)
 
