@@ -22,8 +22,11 @@ def run_worlds(script: str, folder: Path, sizes: tuple[int, ...] = (1, 2), argum
     train_tokenizer(texts, folder / "tokenizer", vocab_size=300)
     encoder = TextEncoder(str(folder / "tokenizer"))
     np.save(folder / "text.npy", pack(encoder.texts(texts), 32, encoder.pad_id, split=True))
-    pairs = [(f"{n}?", f"{n * 7 % 13} dogs", "the fox" if n % 3 else "quick") for n in range(60)]
-    np.save(folder / "preferences.npy", pack_preferences(encoder.preferences(pairs), 32, encoder.pad_id))
+    preferences = [
+        ([{"role": "user", "content": f"{n}?"}], f"{n * 7 % 13} dogs", "the fox" if n % 3 else "quick")
+        for n in range(60)
+    ]
+    np.save(folder / "preferences.npy", pack_preferences(encoder.preferences(preferences), 32, encoder.pad_id))
     for size in sizes:
         # Files, since a pipe that nobody reads yet fills up, and its process waits with all the others.
         logs = [folder / f"log-{size}-{rank}" for rank in range(size)]
