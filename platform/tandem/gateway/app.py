@@ -36,11 +36,11 @@ from tandem.gateway.replicas.upstream import Upstream
 from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
-from tandem.gateway.routes.document import document_route
 from tandem.gateway.routes.files import FileRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.routes.openapi.document import document_route
 from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
 from tandem.gateway.work.parts import Work
