@@ -45,6 +45,7 @@ from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
 from tandem.gateway.work.parts import Work
 from tandem.jobs.adapters import Adapters
+from tandem.jobs.tracking.logs import LogSource
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
@@ -70,6 +71,7 @@ def create_app(
     server_adds_request_id: bool = False,
     proxy_secret: str | None = None,
     engine_tls: ClientTls | None = None,
+    run_logs: Callable[[], LogSource] | None = None,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -83,6 +85,7 @@ def create_app(
     `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
     `proxy_secret`: by which requests of this node's HAProxy are known; it tells their clients' addresses.
     `engine_tls`: the TLS context for engines whose URL has the scheme https.
+    `run_logs`: the logs of runs on this app's cluster; None: it has no cluster, and only logs that were kept are read.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -98,7 +101,7 @@ def create_app(
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
     model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting).routes()
-    work = Work(registry.address, catalog, admission, identity, config, name, model_routes)
+    work = Work(registry.address, catalog, admission, identity, config, name, model_routes, run_logs)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 

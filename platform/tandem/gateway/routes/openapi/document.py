@@ -22,6 +22,7 @@ import tandem.api
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.gateway.dialect import Anthropic, dialect_of
 from tandem.gateway.routes.openapi.files import file_paths, file_schemas
+from tandem.gateway.routes.openapi.jobs import job_paths, job_schemas
 from tandem.gateway.routes.openapi.operations import COMPONENTS, merged, with_errors
 from tandem.gateway.routes.openapi.work import work_paths, work_schemas
 
@@ -97,7 +98,7 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
     paths: dict[str, Any] = {
         route.path: {"post": engine_operation(route, engine_schemas["routes"][route.path])} for route in routes
     }
-    paths |= own_paths() | with_errors(file_paths() | work_paths(), error_responses())
+    paths |= own_paths() | with_errors(file_paths() | work_paths() | job_paths(), error_responses())
     paths |= {f"{prefix}{path}": operations for path, operations in admin_document["paths"].items()}
     return {
         "openapi": "3.1.0",
@@ -110,6 +111,7 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
                     admin_document["components"]["schemas"],
                     file_schemas(),
                     work_schemas(),
+                    job_schemas(),
                     OWN_SCHEMAS,
                 )
             ),
