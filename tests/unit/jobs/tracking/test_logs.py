@@ -34,7 +34,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(store: JobStore) -> tuple[str, Lease]:
-    store.submit(JobSubmission(kind=JobKind.TRAIN, name="a", spec={}, id="a-1"))
+    store.submit(JobSubmission(kind=JobKind.TRAIN, name="a", spec={}, id="a-1", content_hash="c"))
     job = store.claim("a-1", "d", 60)
     assert job is not None and job.lease is not None
     return job.run_name, job.lease
@@ -93,7 +93,7 @@ def test_a_log_that_is_nowhere_is_refused_with_the_reason(store: JobStore, home:
 
 
 def test_a_job_that_has_not_started_has_an_empty_log_which_is_followed(store: JobStore, home: Path) -> None:
-    store.submit(JobSubmission(kind=JobKind.TRAIN, name="a", spec={}, id="a-1"))
+    store.submit(JobSubmission(kind=JobKind.TRAIN, name="a", spec={}, id="a-1", content_hash="c"))
     logs = ClusterLogs()
     feed = feed_of(store, logs)
     chunk = feed.next()
