@@ -6,6 +6,7 @@ An event of a stream has an id; a client that reconnects sends it as `Last-Event
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
@@ -77,7 +78,7 @@ class LineStream(Generic[M]):
                 chunk = await self._calls(self._feed.next)
         except ApiError as error:
             # The status is sent already. The client reconnects with the id of the last event.
-            message = error.message.replace("\n", " ")
-            yield f"event: error\ndata: {message}\n\n".encode()
+            body = {"error": {"message": error.message, "code": error.code}}
+            yield f"event: error\ndata: {json.dumps(body)}\n\n".encode()
             return
         yield b"data: [DONE]\n\n"
