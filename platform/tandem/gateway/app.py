@@ -118,14 +118,7 @@ def create_app(
 
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
-        routes=[
-            *model_routes,
-            *FileRoutes(files).routes(),
-            *UploadRoutes(files).routes(),
-            *work.routes(),
-            document_route(ENGINE_ROUTES, administration, PREFIX),
-            Mount(PREFIX, administration),
-        ],
+        routes=[*model_routes, *_other_routes(files, work, administration)],
         middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
         lifespan=lifespan,
         exception_handlers=EXCEPTION_HANDLERS,
@@ -138,6 +131,17 @@ def create_app(
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
     return app
+
+
+def _other_routes(files: FileService, work: Work, administration: FastAPI) -> list[BaseRoute]:
+    """The routes beside those of models: files, jobs, the OpenAPI document and administration."""
+    return [
+        *FileRoutes(files).routes(),
+        *UploadRoutes(files).routes(),
+        *work.routes(),
+        document_route(ENGINE_ROUTES, administration, PREFIX),
+        Mount(PREFIX, administration),
+    ]
 
 
 def _administration(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from jobs_world import JobsWorld, jobs_world
 
+from tandem.jobs.work.states import JobKind
 from tandem.observability.events import Evaluated, Step
 
 
@@ -30,7 +31,7 @@ def streamed(text: str) -> list[tuple[str, Any]]:
 
 async def test_jobs_are_listed_newest_first_by_kind_state_and_parent_in_pages(jobs: JobsWorld) -> None:
     first, held = jobs.submit("first"), jobs.submit("held", held=True)
-    child, sweep = jobs.submit("child", parent=first), jobs.submit("sweep", kind="sweep")
+    child, sweep = jobs.submit("child", parent=first), jobs.submit("sweep", kind=JobKind.SWEEP)
     jobs.submit("theirs", tenant="other")
 
     async with jobs.http("user") as http:
