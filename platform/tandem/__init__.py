@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tandem.sdk.app_client import Client
+    from tandem.sdk.async_app_client import AsyncClient
     from tandem.sdk.batch import run_batch
     from tandem.sdk.client import SamplingParams
     from tandem.sdk.keys import api_key
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from tandem.sdk.session import Session, recipe
 
 __version__ = "0.1.0"
-__all__ = ["Client", "LLM", "SamplingParams", "Session", "__version__", "api_key", "recipe", "run_batch"]
+__all__ = ["AsyncClient", "Client", "LLM", "SamplingParams", "Session", "__version__", "api_key", "recipe", "run_batch"]
 
 _HOMES = {
+    "AsyncClient": "sdk.async_app_client",
     "Client": "sdk.app_client",
     "LLM": "sdk.llm",
     "SamplingParams": "sdk.client",

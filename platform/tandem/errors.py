@@ -18,6 +18,7 @@ TandemError
 ├── JobError             a job that failed or does not exist
 │   ├── JobStopped          a job that was told to stop, and can go on
 │   ├── UnknownJobError     no job of that id
+│   ├── UnknownLogError     no log of a job's run is kept
 │   ├── IllegalTransitionError  an action that a job's state does not allow
 │   ├── LeaseLostError      a write of a worker or dispatcher that does not hold the lease any more
 │   └── IdempotencyConflictError  an idempotency key that belongs to another request
@@ -153,6 +154,10 @@ class JobStopped(JobError):
 
 class UnknownJobError(JobError):
     """No job or queue item has that id."""
+
+
+class UnknownLogError(JobError):
+    """A run of a job has no log, or none that was kept."""
 
 
 class IllegalTransitionError(JobError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo.engine import EchoEngine
 from tandem.gateway.app import create_app
 from tandem.ids import fingerprint
+from tandem.jobs.tracking.logs import LogSource
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.replica.adapter_checks import AdapterChecker
@@ -103,7 +104,13 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path: Path, *, proxy_secret: str | None = None, **settings: Any) -> AsyncIterator[World]:
+async def running(
+    tmp_path: Path,
+    *,
+    proxy_secret: str | None = None,
+    run_logs: Callable[[], LogSource] | None = None,
+    **settings: Any,
+) -> AsyncIterator[World]:
     """A world whose gateway has these settings beside the usual ones, behind the HAProxy with a secret."""
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
     registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
@@ -130,6 +137,7 @@ async def running(tmp_path: Path, *, proxy_secret: str | None = None, **settings
         admin=fingerprint("secret"),
         access_log=tmp_path / "logs" / "access.jsonl",
         proxy_secret=proxy_secret,
+        run_logs=run_logs,
     )
     result.app = app
     sock = socket.create_server(("127.0.0.1", 0))

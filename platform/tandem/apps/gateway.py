@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from typing import Any
@@ -11,6 +12,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from tandem.apps.dispatch import job_client
 from tandem.cluster.haproxy import has_tls, proxy_secret
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
@@ -79,6 +81,7 @@ class Gateway:
             server_adds_request_id=True,
             proxy_secret=proxy_secret(),
             engine_tls=membership.client,
+            run_logs=functools.partial(job_client, self._registry),
         )
         # What is here now stays: the collector would look at all of it again and again, for tens of milliseconds each time.
         gc.collect()

@@ -15,7 +15,7 @@ class Role(StrEnum):
     ADMIN = "admin"
     """Manage keys and adapters, of every tenant."""
     TRAINER = "trainer"
-    """Use models; routes for training jobs will need it."""
+    """Use models; create fine-tuning jobs, and change jobs of its tenant."""
     USER = "user"
     """Use models."""
 

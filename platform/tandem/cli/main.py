@@ -15,6 +15,7 @@ from tandem.cli.cluster import cluster_app
 from tandem.cli.data import data_app
 from tandem.cli.db import db_app
 from tandem.cli.doctor import doctor_command
+from tandem.cli.jobs import jobs_app
 from tandem.cli.keys import keys_app
 from tandem.cli.kubernetes import kubernetes_app
 from tandem.cli.models import models_app
@@ -57,6 +58,7 @@ app.command("audit")(audit_command)
 app.command("usage")(usage_command)
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(serve_app, name="serve")

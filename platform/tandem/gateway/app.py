@@ -37,15 +37,16 @@ from tandem.gateway.replicas.upstream import Upstream
 from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
-from tandem.gateway.routes.document import document_route
 from tandem.gateway.routes.files import FileRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.routes.openapi.document import document_route
 from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
 from tandem.gateway.work.parts import Work
 from tandem.jobs.adapters import Adapters
+from tandem.jobs.tracking.logs import LogSource
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
@@ -71,6 +72,7 @@ def create_app(
     server_adds_request_id: bool = False,
     proxy_secret: str | None = None,
     engine_tls: ClientTls | None = None,
+    run_logs: Callable[[], LogSource] | None = None,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -84,6 +86,7 @@ def create_app(
     `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
     `proxy_secret`: by which requests of this node's HAProxy are known; it tells their clients' addresses.
     `engine_tls`: the TLS context for engines whose URL has the scheme https.
+    `run_logs`: the logs of runs on this app's cluster; None: it has no cluster, and only logs that were kept are read.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -99,21 +102,14 @@ def create_app(
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
     model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting).routes()
-    work = Work(registry.address, catalog, admission, identity, config, name, model_routes)
+    work = Work(registry.address, catalog, admission, identity, config, name, model_routes, run_logs)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
     services = (request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report, work.worker)
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
-        routes=[
-            *model_routes,
-            *FileRoutes(files).routes(),
-            *UploadRoutes(files).routes(),
-            *work.routes(),
-            document_route(ENGINE_ROUTES, administration, PREFIX),
-            Mount(PREFIX, administration),
-        ],
+        routes=[*model_routes, *_other_routes(files, work, administration)],
         middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
         lifespan=_lifespan(services, (usage, day_usage, key_routes, files, work)),
         exception_handlers=EXCEPTION_HANDLERS,
@@ -127,6 +123,17 @@ def create_app(
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
     return app
+
+
+def _other_routes(files: FileService, work: Work, administration: FastAPI) -> list[BaseRoute]:
+    """The routes beside those of models: files, jobs, the OpenAPI document and administration."""
+    return [
+        *FileRoutes(files).routes(),
+        *UploadRoutes(files).routes(),
+        *work.routes(),
+        document_route(ENGINE_ROUTES, administration, PREFIX),
+        Mount(PREFIX, administration),
+    ]
 
 
 def _administration(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from tandem.sdk.address import find_api_url
 from tandem.sdk.client import Prompt, RemoteLLM, RequestOutput, SamplingParams
+from tandem.sdk.jobs.client import Jobs
 from tandem.sdk.talk import Talker, the_only
 from tandem.settings import settings
 
@@ -27,14 +28,16 @@ Messages = str | Sequence[Mapping[str, str]]
 class Client:
     """A client of one app; `close`, the end of a `with` block or of the program closes what it has opened.
 
-    Every method raises a TandemError where the app does not answer as asked.
+    `jobs` has the app's jobs of every kind. Every method raises a TandemError where the app does not answer as asked.
     """
 
     def __init__(self, base_url: str | None = None, *, api_key: str | None = None) -> None:
         """`base_url`: with or without `/v1`; unset: TANDEM_API_URL, else the app of this home. `api_key`: else TANDEM_API_KEY."""
         self.base_url = find_api_url(base_url)
         self.api_key = api_key or settings().sent_key
+        self.jobs = Jobs(self.base_url, self.api_key)
         self._opened = contextlib.ExitStack()
+        self._opened.callback(self.jobs.close)
         self._close = weakref.finalize(self, self._opened.close)
 
     @classmethod
@@ -60,7 +63,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the tunnel, if there is one."""
+        """Close connections, and the tunnel if there is one."""
         self._close()
 
     def openai(self) -> OpenAI:

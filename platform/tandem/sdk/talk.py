@@ -91,7 +91,7 @@ class Talker:
     def _explained(self, error: OpenAIError, model: str) -> TandemError:
         import openai
 
-        said = _message(error)
+        said = message_of(error)
         match error:
             case openai.APITimeoutError() if model and self.answer.text:
                 return EngineError(f"The answer stopped for {ANSWER_TIMEOUT_S:.0f} s. `tandem serve status` says why.")
@@ -149,7 +149,7 @@ def unknown_model(model: str, served: list[str]) -> UnknownModelError:
     return UnknownModelError(f"No model {model!r} is served.{did_you_mean(model, served)} Served: {listed}.")
 
 
-def _message(error: OpenAIError) -> str:
+def message_of(error: OpenAIError) -> str:
     """The server's own sentence, without the SDK's wrapping."""
     body = getattr(error, "body", None)
     if isinstance(body, dict):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import schemathesis
 from gateway_world import World, echo, running, world
@@ -33,6 +34,7 @@ UNDOCUMENTED = {
 }
 """The document itself, and routes that only say that they are not offered."""
 FILES = ("/v1/files", "/v1/uploads")
+WORK = ("/v1/fine_tuning", "/v1/batches", "/v1/tandem")
 EXAMPLES = 20
 """Requests for each operation."""
 
@@ -70,6 +72,56 @@ async def test_no_request_for_files_is_a_server_error_or_answered_against_the_do
         assert len(asked) == 9
         for label in ("POST /v1/files", "GET /v1/files", "POST /v1/uploads"):
             assert 200 in asked[label], asked
+
+
+@pytest.mark.timeout(300)
+async def test_no_request_for_jobs_is_a_server_error_or_answered_against_the_document(tmp_path: Path) -> None:
+    async with running(tmp_path, files=FilesConfig(location=str(tmp_path / "files"))) as world:
+        document = (await world.http.get("/openapi.json", headers=ADMIN)).json()
+        document["paths"] = {path: each for path, each in document["paths"].items() if path.startswith(WORK)}
+        use_ids(document, {"job_id": await fine_tuning_job(world), "batch_id": await batch(world)})
+        asked = await ask_all(document, str(world.http.base_url).rstrip("/"))
+        assert len(asked) >= 11
+        refused = {"POST /v1/fine_tuning/jobs", "POST /v1/batches"}, {"cancel", "pause", "resume", "requeue"}
+        for label, statuses in asked.items():
+            # Creations name no file that there is; other requests were reached with a job that there is.
+            if label not in refused[0] and label.rpartition("/")[2] not in refused[1]:
+                assert 200 in statuses, (label, statuses)
+
+
+async def fine_tuning_job(world: World) -> str:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    body = {"model": "base", "training_file": await upload(world, "fine-tune", row)}
+    return await created(world, "/v1/fine_tuning/jobs", body)
+
+
+async def batch(world: World) -> str:
+    row = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "base", "prompt": "a"}}
+    body = {"endpoint": "/v1/completions", "completion_window": "24h"}
+    return await created(world, "/v1/batches", {**body, "input_file_id": await upload(world, "batch", row)})
+
+
+async def upload(world: World, purpose: str, row: dict[str, Any]) -> str:
+    url = f"{str(world.http.base_url).rstrip('/')}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="secret", max_retries=0) as client:
+        made = await client.files.create(file=("rows.jsonl", json.dumps(row).encode() + b"\n"), purpose=purpose)  # type: ignore[arg-type]
+        return made.id
+
+
+async def created(world: World, path: str, body: dict[str, Any]) -> str:
+    response = await world.http.post(path, json=body, headers=ADMIN)
+    assert response.status_code == 200, response.text
+    return str(response.json()["id"])
+
+
+def use_ids(document: dict[str, Any], ids: dict[str, str]) -> None:
+    """Let requests name what there is, and at times what there is not; and leave streams out, which would not end."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["parameters"] = [each for each in operation["parameters"] if each["name"] != "stream"]
+            for parameter in operation["parameters"]:
+                if parameter["name"] in ids:
+                    parameter["schema"] = {"enum": [ids[parameter["name"]], "none"]}
 
 
 @pytest.mark.timeout(300)

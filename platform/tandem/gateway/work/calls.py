@@ -15,6 +15,7 @@ from starlette.requests import Request
 from tandem.auth.principal import Principal, Role
 from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.errors import (
+    ClusterError,
     ConfigError,
     FileError,
     IdempotencyConflictError,
@@ -25,6 +26,7 @@ from tandem.errors import (
     StorageError,
     UnknownFileError,
     UnknownJobError,
+    UnknownLogError,
 )
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.identity.authentication import principal_of
@@ -45,9 +47,10 @@ UPLOAD_TIMEOUT_S = 30.0
 class WorkCalls:
     """Threads and error answers of one gateway's routes for jobs."""
 
-    def __init__(self, retry_after_s: int) -> None:
+    def __init__(self, retry_after_s: int, name: str = "work-routes") -> None:
+        """`name`: of its threads."""
         self._retry_after_s = retry_after_s
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="work-routes")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix=name)
 
     def close(self) -> None:
         """End the threads."""
@@ -69,6 +72,11 @@ class WorkCalls:
             yield
         except UnknownJobError as error:
             raise ApiError(404, str(error), code="job_not_found") from None
+        except UnknownLogError as error:
+            raise ApiError(404, str(error), code="log_not_found") from None
+        except ClusterError as error:
+            headers = {"Retry-After": str(self._retry_after_s)}
+            raise ApiError(503, str(error), code="cluster_unavailable", headers=headers) from None
         except IllegalTransitionError as error:
             raise ApiError(400, str(error), code="illegal_state") from None
         except IdempotencyConflictError as error:
@@ -103,7 +111,7 @@ def check_trainer(principal: Principal) -> None:
     if principal.key_id and not principal.role.includes(Role.TRAINER):
         raise ApiError(
             403,
-            f"The key {principal.key_id} has the role {principal.role}; fine-tuning jobs need the role {Role.TRAINER}.",
+            f"The key {principal.key_id} has the role {principal.role}; changes of jobs need the role {Role.TRAINER}.",
             code="insufficient_permissions",
         )
 
@@ -116,9 +124,16 @@ def once_of(request: Request) -> str | None:
 
 def page_limit(request: Request, default: int, most: int) -> int:
     """`limit` of a list; ApiError 400 for one that is not from 1 to `most`."""
-    text = request.query_params.get("limit")
+    found = query_number(request, "limit", 1, most)
+    return default if found is None else found
+
+
+def query_number(request: Request, name: str, least: int, most: int) -> int | None:
+    """A number in the query, None where it is not there; ApiError 400 for one that is not from `least` to `most`."""
+    text = request.query_params.get(name)
     if text is None:
-        return default
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= most):
-        raise ApiError(400, f"`limit` must be a number from 1 to {most}.", param="limit")
+        return None
+    # int() takes no text of thousands of digits.
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise ApiError(400, f"`{name}` must be a number from {least} to {most}.", param=name)
     return int(text)

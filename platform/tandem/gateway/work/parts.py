@@ -1,8 +1,8 @@
-"""Durable work at a gateway: routes of batches and fine-tuning jobs, and the worker that sends batches' requests."""
+"""Durable work at a gateway: routes of batches, fine-tuning and all other jobs, and the worker that sends batches' requests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
@@ -15,11 +15,15 @@ from tandem.gateway.identity.parts import Identity
 from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.routes.batches import BatchRoutes
 from tandem.gateway.routes.fine_tuning import FineTuningRoutes
+from tandem.gateway.routes.jobs import JobRoutes
 from tandem.gateway.work.batch_worker import BatchWorker
 from tandem.gateway.work.callers import Callers, PoolLoads
 from tandem.gateway.work.calls import WorkCalls
 from tandem.jobs.batches.service import BatchService
 from tandem.jobs.fine_tuning.service import FineTuningService
+from tandem.jobs.tracking.logs import LogSource
+from tandem.jobs.tracking.queue_state import QueueState
+from tandem.jobs.tracking.service import JobTracking
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
@@ -37,10 +41,15 @@ class Work:
         config: GatewayConfig,
         name: str,
         model_routes: Sequence[BaseRoute],
+        run_logs: Callable[[], LogSource] | None,
     ) -> None:
-        """`name`: the gateway's. `model_routes`: by which requests of batches are answered."""
+        """`name`: the gateway's. `model_routes`: by which requests of batches are answered. `run_logs`: see `create_app`."""
         self._store, self._queue, self._files = JobStore.at(address), ItemQueue.at(address), FileStore.at(address)
+        self._queue_state = QueueState.at(address)
         self._calls = WorkCalls(config.retry_after_s)
+        # Threads of their own: a cluster's dashboard may take long to answer.
+        self._log_calls = WorkCalls(config.retry_after_s, "run-logs")
+        self._run_logs = run_logs
         self._config = config
         self._catalog = catalog
         self.worker = BatchWorker(
@@ -56,13 +65,14 @@ class Work:
         """The routes for Starlette."""
         batches = BatchService(self._store, self._queue, self._files, self._config.batches)
         fine_tuning = FineTuningService(self._store, self._files, self._config.fine_tuning)
+        tracking = JobTracking(self._store, self._queue_state, self._run_logs)
         return [
             *BatchRoutes(batches, self._calls, self._config.batches).routes(),
             *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning).routes(),
+            *JobRoutes(tracking, self._calls, self._log_calls).routes(),
         ]
 
     def close(self) -> None:
         """End threads and connections."""
-        self._calls.close()
-        for store in (self._store, self._queue, self._files):
-            store.close()
+        for closeable in (self._calls, self._log_calls, self._store, self._queue, self._queue_state, self._files):
+            closeable.close()

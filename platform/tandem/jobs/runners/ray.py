@@ -1,18 +1,21 @@
 """Runner of training jobs and sweeps as Ray Jobs.
 
 The submission id is the name of the attempt, and a Ray cluster takes each id once: an attempt that a dispatcher submitted before
-it died is found by its id, and is not started a second time.
+it died is found by its id, and is not started a second time. The log of an attempt that has ended is copied into the job's
+folder.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
-from tandem.errors import JobError, sentence
+from tandem.errors import JobError, TandemError, sentence
 from tandem.jobs.client import JobClient
 from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import SweepFolder
+from tandem.jobs.tracking.logs import keep_log
 from tandem.jobs.work.records import Job
 from tandem.jobs.work.states import JobKind
 from tandem.observability import codec
@@ -20,6 +23,8 @@ from tandem.observability.events import Failed
 from tandem.settings import settings
 
 Folder = JobFolder | SweepFolder
+
+log = logging.getLogger(__name__)
 
 
 class RayRunner:
@@ -52,11 +57,14 @@ class RayRunner:
             case JobState.PENDING | JobState.RUNNING:
                 return RunStatus(state=RunState.RUNNING)
             case JobState.STOPPED:
+                _keep_log(client, folder, handle)
                 return RunStatus(state=RunState.STOPPED)
             case JobState.FINISHED:
+                _keep_log(client, folder, handle)
                 end = folder.finished()
                 return RunStatus(state=RunState.FINISHED, result=None if end is None else codec.to_json(end))
             case JobState.FAILED:
+                _keep_log(client, folder, handle)
                 # A driver that ends by itself says why; its own supervision has tried again what was worth it.
                 was_killed = client.was_killed(folder, handle)
                 failed = folder.last(Failed)
@@ -76,6 +84,17 @@ class RayRunner:
         if kind is JobKind.SWEEP or (kind is None and sweep.path.is_dir()):
             return sweep
         return JobFolder(settings().jobs_dir / job_id)
+
+
+def _keep_log(client: JobClient, folder: Folder, handle: str) -> None:
+    """Copy the log of an attempt that has ended into the job's folder. The end counts without it."""
+    attempt = handle.rpartition(".")[2]
+    if not attempt.isdecimal():
+        return
+    try:
+        keep_log(folder.path, int(attempt), lambda: client.log_lines(handle))
+    except TandemError as error:
+        log.warning("The log of %s was not kept: %s", handle, error)
 
 
 def job_id_of(handle: str) -> str:

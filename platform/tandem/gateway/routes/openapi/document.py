@@ -1,4 +1,4 @@
-"""OpenAPI document of the whole gateway: model routes, lists of models, files, health and admin routes, at `/openapi.json`.
+"""OpenAPI document of the whole gateway: model routes, lists of models, files, jobs, health and admin routes, at `/openapi.json`.
 
 The schemas of model routes are those of vLLM's request and answer models (`api/openapi_schemas.json`): what an engine takes.
 Caps of an app (`gateway.caps`) are not in it; errors state them. The document is made once, at its first request.
@@ -21,11 +21,13 @@ from starlette.routing import BaseRoute, Route
 import tandem.api
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.gateway.dialect import Anthropic, dialect_of
-from tandem.gateway.routes.files_document import file_paths, file_schemas
+from tandem.gateway.routes.openapi.files import file_paths, file_schemas
+from tandem.gateway.routes.openapi.jobs import job_paths, job_schemas
+from tandem.gateway.routes.openapi.operations import COMPONENTS, merged, with_errors
+from tandem.gateway.routes.openapi.work import work_paths, work_schemas
 
 PATH = "/openapi.json"
 SCHEMAS = Path(tandem.api.__file__).with_name("openapi_schemas.json")
-COMPONENTS = "#/components/schemas/"
 ERROR, ANTHROPIC_ERROR = "ErrorAnswer", "AnthropicErrorAnswer"
 MODEL, MODELS, STATUS = "ListedModel", "ListedModels", "HealthStatus"
 SECURITY = {
@@ -96,19 +98,23 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
     paths: dict[str, Any] = {
         route.path: {"post": engine_operation(route, engine_schemas["routes"][route.path])} for route in routes
     }
-    paths |= own_paths() | file_paths(error_responses())
+    paths |= own_paths() | with_errors(file_paths() | work_paths() | job_paths(), error_responses())
     paths |= {f"{prefix}{path}": operations for path, operations in admin_document["paths"].items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Tandem", "version": importlib.metadata.version("tandem")},
         "paths": paths,
         "components": {
-            "schemas": {
-                **engine_schemas["schemas"],
-                **admin_document["components"]["schemas"],
-                **file_schemas(),
-                **OWN_SCHEMAS,
-            },
+            "schemas": merged(
+                (
+                    engine_schemas["schemas"],
+                    admin_document["components"]["schemas"],
+                    file_schemas(),
+                    work_schemas(),
+                    job_schemas(),
+                    OWN_SCHEMAS,
+                )
+            ),
             "securitySchemes": SECURITY,
         },
         "security": [{name: []} for name in SECURITY],
