@@ -181,13 +181,15 @@ class Scheduler:
     def _reasons(self, held: dict[str, str]) -> Iterator[actions.Wait]:
         """Why the first jobs of each tenant wait."""
         for tenant, queue in self.state.queues.items():
-            first = queue.head()
+            first, of_tenant = queue.head(), f" of tenant {tenant}" if tenant else ""
             for ahead, job in enumerate(queue.jobs()):
                 if ahead == EXPLAINED_JOBS:
                     break
-                reason = held.get(job.id) or f"waits behind {ahead} job{'' if ahead == 1 else 's'} of tenant {tenant}"
-                if job.id not in held and first is not None and first.id in held:
-                    reason += f", of which the first, {first.id}, {held[first.id]}"
+                reason = held.get(job.id)
+                if reason is None:
+                    reason = f"waits behind {ahead} job{'' if ahead == 1 else 's'}{of_tenant}"
+                    if first is not None and first.id in held:
+                        reason += f", of which the first, {first.id}, {held[first.id]}"
                 yield actions.Wait(job_id=job.id, reason=reason)
 
 
