@@ -179,3 +179,13 @@ def test_a_request_of_a_client_ends_a_resize(world: World) -> None:
     world.store.resume("elastic")
     world.rounds(3)
     assert world.workers("elastic") == 3
+
+
+def test_the_room_of_a_run_is_kept_while_it_is_resized(world: World) -> None:
+    world.store.submit(submission("elastic", 4, fewest=1))
+    world.rounds(70)
+    world.wanted_replicas = 1
+    world.rounds(1)
+    world.store.submit(submission("urgent", 3, scheduling={"priority": "high"}))
+    world.rounds(4)
+    assert (world.workers("elastic"), world.workers("urgent")) == (3, None)
