@@ -30,8 +30,16 @@ CONFIGS = (
     ("Training job", "TrainConfig", "`tandem train submit --config FILE`, `train_apps/*.py`"),
     ("Served app", "ServeConfig", "`tandem serve up --config FILE`, `args` of `serve_apps/openai.yaml`"),
     ("Batch run", "BatchConfig", "`tandem batch run --config FILE`"),
-    ("Scheduling", "SchedulingConfig", "the [scheduler](../concepts/scheduling.md) of a cluster"),
-    ("Scheduling of a job", "JobSchedulingConfig", "the [scheduler](../concepts/scheduling.md), for one job"),
+    (
+        "Scheduling",
+        "SchedulingConfig",
+        "`scheduling` of a served app: the [scheduler](../concepts/scheduling.md) of its cluster",
+    ),
+    (
+        "Scheduling of a job",
+        "JobSchedulingConfig",
+        "`scheduling` of a training job: the [scheduler](../concepts/scheduling.md), for one job",
+    ),
 )
 
 

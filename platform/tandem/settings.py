@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     """How much of it adapters may take; the longest unused make room."""
     model_cache_gib: float = 500.0
     """How much of it base models may take; the longest unused that no process uses make room."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Workers that an elastic training job takes at most; set for jobs that a scheduler starts (docs/concepts/scheduling.md)."""
     cordon_on: str | None = None
     """Kinds of bad findings, such as `gpu_xid,gpu_ecc`, that keep a node out by themselves (docs/guides/node-health.md)."""
 

@@ -91,10 +91,10 @@ def application(planned: AppPlan) -> serve.Application:
     directory = _deployment(
         ControlPlane,
         DIRECTORY_NAME,
-        version_of(config.version, registry, config.gateway.files, config.internal_tls),
+        version_of(config.version, registry, config.gateway.files, config.scheduling, config.internal_tls),
         num_cpus=CONTROL_CPUS,
         selector=selector,
-    ).bind(registry, config.gateway, config.internal_tls)
+    ).bind(registry, config.gateway, config.scheduling, config.internal_tls)
     engines = [_engine_application(engine, planned, directory, selector) for engine in planned.engines]
     constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
     more_args = (config.router, fingerprint(settings().admin_token))

@@ -6,27 +6,26 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from datetime import datetime, timedelta
 
 import ray
 
+from tandem.apps.cluster_view import ServePendingReplicas, capacity
 from tandem.cluster.local import Cluster
-from tandem.config import GatewayConfig
+from tandem.config import GatewayConfig, SchedulingConfig
 from tandem.errors import ClusterError, TandemError, UnknownJobError
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import RUNNER as BATCHES
 from tandem.jobs.client import JobClient
-from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
+from tandem.jobs.dispatch.history import read_history
 from tandem.jobs.dispatch.runner import Runner
+from tandem.jobs.dispatch.scheduler import Scheduler
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
 from tandem.jobs.runners.ray import RayRunner
 from tandem.jobs.work.queue import ItemQueue
-from tandem.jobs.work.records import Job
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
 from tandem.serve.directory import Directory
@@ -35,8 +34,6 @@ START_AFTER_S = 5.0
 """Seconds after which dispatching begins: an app's start has the CPU to itself."""
 RELEASE_EVERY_S = 30.0
 """Seconds between two looks for files whose jobs have ended."""
-SETTLES_AFTER = timedelta(seconds=30)
-"""Time after which a job that has started holds its resources."""
 UNKNOWN_AFTER_S = 600.0
 """Seconds for which a job that reads files may be missing: it is being created."""
 
@@ -46,11 +43,13 @@ log = logging.getLogger(__name__)
 class ControlPlane(Directory):
     """The directory, and in a thread the dispatcher of jobs. Of several apps on one database, one dispatches."""
 
-    def __init__(self, registry: RegistryAddress, gateway: GatewayConfig, tls: bool = True) -> None:
+    def __init__(
+        self, registry: RegistryAddress, gateway: GatewayConfig, scheduling: SchedulingConfig, tls: bool = True
+    ) -> None:
         super().__init__(None, registry, None, tls)
         self._stop = threading.Event()
         threading.Thread(
-            target=dispatch_jobs, args=(registry, gateway, self._stop), name="dispatcher", daemon=True
+            target=dispatch_jobs, args=(registry, gateway, scheduling, self._stop), name="dispatcher", daemon=True
         ).start()
 
     async def close(self) -> None:
@@ -59,7 +58,9 @@ class ControlPlane(Directory):
         await super().close()
 
 
-def dispatch_jobs(registry: RegistryAddress, gateway: GatewayConfig, stop: threading.Event) -> None:
+def dispatch_jobs(
+    registry: RegistryAddress, gateway: GatewayConfig, scheduling: SchedulingConfig, stop: threading.Event
+) -> None:
     """Dispatch the jobs in a registry's database until `stop` is set."""
     if stop.wait(START_AFTER_S):
         return
@@ -78,7 +79,9 @@ def dispatch_jobs(registry: RegistryAddress, gateway: GatewayConfig, stop: threa
             max_attempts=gateway.batches.max_attempts,
         ),
     }
-    dispatcher = Dispatcher(store, runners, lambda: capacity_for(store.active(), store.now()))
+    pending = ServePendingReplicas(scheduling.serving_level)
+    scheduler = Scheduler(scheduling, functools.partial(read_history, store))
+    dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler)
     releases = FileReleases(store, files)
     threading.Thread(target=releases.run, args=(stop,), name="file-releases", daemon=True).start()
     dispatcher.run(stop)
@@ -131,18 +134,3 @@ def job_client(registry: RegistryAddress) -> JobClient:
         raise ClusterError(f"The dashboard of the cluster at {address} is not known: {error}") from error
     # Every node of an app has Tandem at the same path.
     return JobClient(Cluster(dashboard_url=url, address=address, local=True), registry)
-
-
-def capacity_for(active: Sequence[Job], now: datetime) -> Capacity:
-    """CPUs and GPUs that jobs may use: those that are free, and those that `active` jobs hold.
-
-    What serves, and what runs by command, is left out so. A job that has just started may hold nothing yet: for a while it counts
-    as if it took free resources.
-    """
-    free = ray.available_resources()
-    cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
-    for job in active:
-        if job.started_at is not None and now - job.started_at > SETTLES_AFTER:
-            cpus += job.resources.cpus_per_worker * (job.workers or 1)
-            gpus += job.resources.gpus_per_worker * (job.workers or 1)
-    return Capacity(cpus=cpus, gpus=gpus)

@@ -25,7 +25,7 @@ from tandem.config.serving.replica import AUTO_ENGINE
 from tandem.config.serving.tls import TlsConfig
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
-from tandem.config.training.elastic import check_elastic, with_workers, worker_counts
+from tandem.config.training.elastic import check_elastic, with_at_most, with_workers, worker_counts
 from tandem.config.training.faults import FaultsConfig, SpikeConfig
 from tandem.config.training.job import CheckpointConfig, TrainConfig
 from tandem.config.training.metrics import MetricsConfig, MlflowConfig, WandbConfig
@@ -73,6 +73,7 @@ __all__ = [
     "from_dict",
     "load_yaml",
     "located",
+    "with_at_most",
     "with_workers",
     "worker_counts",
     "to_dict",

@@ -68,7 +68,7 @@ class SchedulingConfig:
     @staticmethod
     def as_written(values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The settings as they are; durations must be text."""
-        return _with_quoted_durations(values)
+        return with_quoted_durations(values)
 
     def __post_init__(self) -> None:
         for name, tenant in self.tenants.items():
@@ -124,7 +124,7 @@ class JobSchedulingConfig:
     @staticmethod
     def as_written(values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The settings as they are; durations must be text."""
-        return _with_quoted_durations(values)
+        return with_quoted_durations(values)
 
     def __post_init__(self) -> None:
         if self.time_limit is not None:
@@ -141,7 +141,8 @@ def duration_s(key: str, text: str) -> float:
     return limit.total_seconds()
 
 
-def _with_quoted_durations(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_quoted_durations(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values; ConfigError where a duration among them is not text."""
     for key in ("default_time_limit", "max_time_limit", "time_limit"):
         value = values.get(key)
         if isinstance(value, int):

@@ -68,10 +68,11 @@ class JobClient:
     def _ask(self, request: Callable[[], T]) -> T:
         return ask_dashboard(self.cluster.dashboard_url, request)
 
-    def submit(self, job: RunFolder, *, submission: str | None = None) -> str:
+    def submit(self, job: RunFolder, *, submission: str | None = None, max_workers: int | None = None) -> str:
         """Submit a prepared job or sweep, unless it runs already; returns the id of the submission.
 
-        `submission`: the id to submit it with, unless the cluster has it already; None: the next one of the job.
+        `submission`: the id to submit it with, unless the cluster has it already; None: the next one of the job. `max_workers`:
+        of an elastic job, until it is submitted again; None: as many as its config says.
         """
         if running := self.running(job):
             return running
@@ -87,6 +88,8 @@ class JobClient:
         registry = self._registry or Registry.open().address
         if self._registry is not None or settings().database_url:
             variables["TANDEM_DATABASE_URL"] = registry.url
+        if max_workers is not None:
+            variables["TANDEM_MAX_WORKERS"] = str(max_workers)
         if hub_offline():
             variables["HF_HUB_OFFLINE"] = "1"
         # The driver may run on any node: one that does not see this registry must not create another.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from tandem.config import worker_counts
 from tandem.errors import TandemError
 from tandem.ids import digest
 from tandem.jobs.folder import JobFolder, JobState, RunFolder, job_folders
@@ -93,7 +94,11 @@ def folder_submission(folder: JobFolder | SweepFolder) -> JobSubmission:
         kind=JobKind.TRAIN,
         id=folder.id,
         name=config.name,
-        spec=yaml.safe_load((folder.path / "config.yaml").read_text()),
+        spec={
+            **yaml.safe_load((folder.path / "config.yaml").read_text()),
+            "worker_counts": worker_counts(config),
+            "workers_per_node": parallel.tensor,
+        },
         content_hash=digest(folder.id),
         runner=RUNNER,
         resources=Resources(

@@ -23,7 +23,16 @@ from tandem.storage import disk_errors, require_space, write_atomic
 SPACE_NEEDED = 64 * 2**20
 """Bytes that must be free on the disk before a job starts."""
 
-NON_CONTENT_KEYS = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register", "export_to")
+NON_CONTENT_KEYS = (
+    "parallel",
+    "checkpoint",
+    "faults",
+    "log_every",
+    "metrics",
+    "scheduling",
+    "register",
+    "export_to",
+)
 """Config keys that change how a job runs or reports, but not its result: they are not part of its id."""
 
 READER_KEYS = ("readers", "reader_tasks", "read_ahead", "prefetch_batches", "skip_damaged")

@@ -345,3 +345,13 @@ class StateChanged(Event, name="state"):
     """What caused it."""
     attempt: int = 0
     reason: str | None = field(default=None, metadata={"omit_default": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeRequested(Event, name="resize_requested"):
+    """A job is to go on with another number of workers: its attempt saves and leaves, and the next has so many."""
+
+    workers: int
+    attempt: int = 0
+    """The one that leaves."""
+    reason: str | None = field(default=None, metadata={"omit_default": True})

@@ -26,7 +26,7 @@ from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_complete_export
 from tandem.cluster.health.cordons import placeable_resources, total
 from tandem.cluster.shared_files import check_same_files
-from tandem.config import TrainConfig, check_elastic, load_yaml, with_workers, worker_counts
+from tandem.config import TrainConfig, check_elastic, load_yaml, with_at_most, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
 from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts, parts_digest
@@ -121,7 +121,7 @@ def driver_lock(job: Path, journal: Journal) -> Iterator[None]:
 def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None) -> None:
     """Run the job in `job` to its end. Raises a TandemError that says what to change, JobStopped after `stop_request`."""
     start_time = time.monotonic()
-    config = load_yaml(TrainConfig, job / "config.yaml")
+    config = with_at_most(load_yaml(TrainConfig, job / "config.yaml"), settings().max_workers)
     earlier_events = journal.read()
     registration = ResultRegistration(config, job, journal)
     if (finished := _finished_event(earlier_events, job)) is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tandem.config import JobSchedulingConfig, SchedulingConfig, from_dict, load_yaml, to_dict
+from tandem.config import JobSchedulingConfig, SchedulingConfig, ServeConfig, from_dict, load_yaml, to_dict
 from tandem.errors import ConfigError
 
 TEXT = """\
@@ -80,3 +80,15 @@ def test_a_duration_that_yaml_reads_as_a_number_is_refused(tmp_path: Path) -> No
 def test_a_jobs_time_limit_is_checked_before_a_cluster_is_known() -> None:
     with pytest.raises(ConfigError, match="scheduling.time_limit is '8h'; it must be a duration"):
         JobSchedulingConfig(time_limit="8h")
+
+
+def test_an_app_has_the_scheduler_s_settings_and_checks_its_fine_tuning_jobs_against_them() -> None:
+    values = {"scheduling": {"priority_classes": {"normal": 0, "idle": -3}, "max_time_limit": "2-00:00:00"}}
+    config = from_dict(ServeConfig, {**values, "gateway": {"fine_tuning": {"priority": "idle", "time_limit": "90"}}})
+    assert config.scheduling.level(config.gateway.fine_tuning.priority) == -3
+    with pytest.raises(ConfigError, match=r"gateway\.fine_tuning\.priority"):
+        from_dict(ServeConfig, {**values, "gateway": {"fine_tuning": {"priority": "low"}}})
+    with pytest.raises(ConfigError, match="this cluster allows at most 2-00:00:00"):
+        from_dict(ServeConfig, {**values, "gateway": {"fine_tuning": {"time_limit": "3-00:00:00"}}})
+    with pytest.raises(ConfigError, match="put it in quotes"):
+        from_dict(ServeConfig, {"gateway": {"fine_tuning": {"time_limit": 7200}}})

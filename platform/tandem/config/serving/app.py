@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.config import check
+from tandem.config.scheduling import SchedulingConfig
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batches import BatchesConfig
 from tandem.config.serving.caps import RequestCaps
@@ -252,6 +253,8 @@ class ServeConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     listen: ListenConfig = field(default_factory=ListenConfig)
+    scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
+    """Of the jobs that clients create. Of several apps on one database, that of the app which dispatches counts."""
     app: str = "tandem"
     """Name of the Serve application."""
     drain_timeout_s: float = 600.0
@@ -265,6 +268,11 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)
+        fine_tuning = self.gateway.fine_tuning
+        if fine_tuning.priority is not None:
+            check.one_of("gateway.fine_tuning.priority", fine_tuning.priority, self.scheduling.priority_classes)
+        if fine_tuning.time_limit is not None:
+            self.scheduling.time_limit_s(fine_tuning.time_limit)
         names = [model.name or model.model for model in self.models]
         for name in names:
             if names.count(name) > 1:

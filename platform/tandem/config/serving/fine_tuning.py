@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.config import check
+from tandem.config.scheduling import duration_s, with_quoted_durations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +20,10 @@ class FineTuningConfig:
     """Training processes of a job."""
     min_workers: int | None = None
     """Set: a job goes on with fewer workers, at least so many, where others need the resources."""
+    priority: str | None = None
+    """Priority class of the jobs, one of `scheduling.priority_classes`; unset: the default one."""
+    time_limit: str | None = None
+    """Longest run time of a job over all restarts, in one of Slurm's forms; unset: none."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     precision: str = "float32"
@@ -32,13 +39,26 @@ class FineTuningConfig:
     max_epochs: int = 50
     """Epochs that a client may request at most."""
 
+    @staticmethod
+    def as_written(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings as they are; durations must be text."""
+        return with_quoted_durations(values)
+
     def __post_init__(self) -> None:
         check.at_least("gateway.fine_tuning.workers", self.workers, 1)
         if self.min_workers is not None:
             check.between("gateway.fine_tuning.min_workers", self.min_workers, 1, self.workers)
+        if self.time_limit is not None:
+            duration_s("gateway.fine_tuning.time_limit", self.time_limit)
         check.between("gateway.fine_tuning.rank", self.rank, 1, 512)
         check.at_least("gateway.fine_tuning.sequence_length", self.sequence_length, 8)
         check.at_least("gateway.fine_tuning.checkpoints", self.checkpoints, 0)
         check.at_least("gateway.fine_tuning.max_epochs", self.max_epochs, 1)
         check.one_of("gateway.fine_tuning.precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
         check.at_least("gateway.fine_tuning.learning_rate", self.learning_rate, 1e-12)
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """Possible numbers of a job's workers, ascending: those among which its batches, made for the most, can be shared."""
+        least = self.workers if self.min_workers is None else self.min_workers
+        return [count for count in range(least, self.workers + 1) if self.workers % count == 0]

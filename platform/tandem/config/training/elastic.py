@@ -27,6 +27,19 @@ def with_workers(config: TrainConfig, workers: int) -> TrainConfig:
     return changed
 
 
+def with_at_most(config: TrainConfig, workers: int | None) -> TrainConfig:
+    """The config of an elastic run that may have `workers` workers at most, and goes on with fewer; None: no other limit.
+
+    One that is not elastic stays as it is. Where `workers` is below the least, the run has the least.
+    """
+    counts, least = worker_counts(config), config.parallel.min_workers
+    if workers is None or least is None or workers >= counts[-1]:
+        return config
+    most = max((count for count in counts if count <= workers), default=counts[0])
+    limited = with_workers(config, most)
+    return replace(limited, parallel=replace(limited.parallel, min_workers=least if least < most else None))
+
+
 def check_elastic(config: TrainConfig) -> None:
     """Raise ConfigError if the run is not possible with `parallel.workers.min` workers."""
     parallel = config.parallel

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tandem.config import check
+from tandem.config.scheduling import JobSchedulingConfig
 from tandem.config.training.data import DataConfig
 from tandem.config.training.deepspeed import DeepSpeedConfig
 from tandem.config.training.faults import FaultsConfig
@@ -119,6 +120,8 @@ class TrainConfig:
     """Steps between reports of loss and throughput."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Sinks of these reports beside the job's journal and TensorBoard."""
+    scheduling: JobSchedulingConfig = field(default_factory=JobSchedulingConfig)
+    """Priority, time limit and preemption, where a scheduler starts the job."""
     register: bool = True
     """Register the result under `name`; if false it stays in the job's folder, as for a sweep's trials."""
     tenant: str | None = None

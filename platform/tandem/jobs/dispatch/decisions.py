@@ -6,15 +6,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from tandem.jobs.scheduling.records import ServingDemand
+from tandem.jobs.scheduling.resources import Resources as Amounts
 from tandem.jobs.work.records import Job, Resources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NodeAmounts:
+    """CPUs and GPUs of one node."""
+
+    id: str
+    total: Amounts
+    free: Amounts
+    is_placeable: bool = True
+    """Whether new work may be placed there: it is not cordoned, and does not leave."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """CPUs and GPUs of a cluster, those in use included."""
+    """What a cluster has for jobs, what they hold included."""
 
     cpus: float
     gpus: float = 0.0
+    nodes: tuple[NodeAmounts, ...] = ()
+    """All nodes that are alive. Deciders that place jobs on nodes need them."""
+    pending_replicas: tuple[ServingDemand, ...] = ()
+    """Replicas that Serve wants and has no room for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +51,23 @@ class Preempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resize:
+    """Let a job that runs save and leave, and go on with another number of workers."""
+
+    job_id: str
+    workers: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expire:
+    """End a job whose time limit is reached; it saves and leaves."""
+
+    job_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Wait:
     """Leave a job in the queue."""
 
@@ -42,7 +76,7 @@ class Wait:
     """For people."""
 
 
-Decision = Start | Preempt | Wait
+Decision = Start | Preempt | Resize | Expire | Wait
 Decide = Callable[[Sequence[Job], Sequence[Job], Capacity, datetime], Sequence[Decision]]
 """(waiting, running, capacity, now) -> decisions. Jobs that wait come most urgent first."""
 

@@ -15,9 +15,18 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 
-from tandem.errors import LeaseLostError, TandemError
+from tandem.errors import IllegalTransitionError, LeaseLostError, TandemError
 from tandem.jobs.dispatch import reconcile
-from tandem.jobs.dispatch.decisions import Capacity, Decide, Preempt, Start, Wait, first_come_first_served
+from tandem.jobs.dispatch.decisions import (
+    Capacity,
+    Decide,
+    Expire,
+    Preempt,
+    Resize,
+    Start,
+    Wait,
+    first_come_first_served,
+)
 from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.work.leader import DISPATCHER, Leadership, Term
 from tandem.jobs.work.queue import ItemQueue
@@ -96,7 +105,7 @@ class Dispatcher:
         for job in self._adopt(self._store.active()):
             self._keep_leases()
             self._reconcile(job)
-        self._start_waiting()
+        self._carry_out_decisions()
         return True
 
     def _lead(self) -> bool:
@@ -188,11 +197,8 @@ class Dispatcher:
             raise
         self._store.started(lease, handle)
 
-    def _start_waiting(self) -> None:
-        waiting = self._store.waiting()
-        if not waiting:
-            return
-        running = self._store.active()
+    def _carry_out_decisions(self) -> None:
+        waiting, running = self._store.waiting(), self._store.active()
         by_id = {job.id: job for job in (*waiting, *running)}
         reasons: dict[str, str] = {}
         for decision in self._decide(waiting, running, self._capacity(), self._store.now()):
@@ -203,11 +209,26 @@ class Dispatcher:
                     if claimed is not None:
                         self._hold(claimed)
                         self._reconcile(claimed)
-                case Preempt(job_id=job_id, reason=reason):
-                    if is_legal(by_id[job_id].kind, by_id[job_id].state, Action.PREEMPT):
-                        self._store.preempt(job_id, reason=reason)
                 case Wait(job_id=job_id, reason=reason):
                     if by_id[job_id].reason != reason:
                         reasons[job_id] = reason
+                case _:
+                    self._request(decision, by_id[decision.job_id])
         if reasons:
             self._store.explain(reasons)
+
+    def _request(self, decision: Preempt | Resize | Expire, job: Job) -> None:
+        """Ask a run to leave. One that has ended meanwhile is left alone."""
+        action = Action.EXPIRE if isinstance(decision, Expire) else Action.PREEMPT
+        if not is_legal(job.kind, job.state, action):
+            return
+        try:
+            match decision:
+                case Preempt(reason=reason):
+                    self._store.preempt(job.id, reason=reason)
+                case Resize(reason=reason, workers=workers):
+                    self._store.preempt(job.id, reason=reason, workers=workers)
+                case Expire(reason=reason):
+                    self._store.expire(job.id, reason=reason)
+        except IllegalTransitionError as error:
+            log.info("Job %s: %s", job.id, error)

@@ -166,6 +166,8 @@ class FineTuningService:
             "base": base.id,
             "locations": {param: file.location for param, file in files.items()},
             "platform": to_dict(replace(self._platform, rank=min(self._platform.rank, base.max_rank))),
+            "scheduling": {"priority": self._platform.priority, "time_limit": self._platform.time_limit},
+            "worker_counts": self._platform.worker_counts,
         }
 
     def _resources(self) -> Resources:

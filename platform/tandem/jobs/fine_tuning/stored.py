@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 from tandem.api.openai import fine_tuning as wire
 from tandem.auth.tenants import DEFAULT_TENANT
@@ -27,10 +26,7 @@ def is_fine_tuning(job: Job) -> bool:
 
 def create_folder(job: Job) -> FineTuningFolder:
     """The folder by which a runner starts a job; the same one again where it exists."""
-    spec = spec_of(job)
-    return FineTuningFolder.create(
-        replace(spec, platform=replace(spec.platform, workers=job.workers or spec.platform.workers))
-    )
+    return FineTuningFolder.create(spec_of(job))
 
 
 def spec_of(job: Job) -> FineTuningSpec:

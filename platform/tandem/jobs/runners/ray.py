@@ -37,7 +37,9 @@ class RayRunner:
     def start(self, job: Job) -> str:
         """See `Runner`. A submission of the same job that runs already, by command, counts as this attempt."""
         try:
-            return self._client().submit(self._folder(job.id, job.kind), submission=job.run_name)
+            return self._client().submit(
+                self._folder(job.id, job.kind), submission=job.run_name, max_workers=job.workers
+            )
         except RuntimeError as error:
             raise JobError(
                 f"Ray did not take {job.run_name}: {sentence(str(error))} Its dashboard's log says more."

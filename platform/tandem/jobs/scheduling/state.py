@@ -102,6 +102,16 @@ class ClusterState:
             self.set_tenant(Tenant(name=run.job.tenant))
         self._add_run(run, now)
 
+    def correct(self, job_id: str, *, placement: Placement, shrinking_to: Placement | None, now: float) -> None:
+        """Replace what is known of a run by what the driver has found: its workers, and what it is told to keep (see `Run`)."""
+        run = self.runs[job_id]
+        changed = replace(run, placement=placement, shrinking_to=shrinking_to)
+        self.runs[job_id] = changed
+        if placement != run.placement:
+            self.free.give_all(run.placement, run.job.worker)
+            self.free.take_all(placement, run.job.worker)
+            self.accounts[run.job.tenant].add(run.job.needs(changed.workers) - run.job.needs(run.workers), now)
+
     def checkpointed(self, job_id: str, now: float) -> None:
         """A run wrote a checkpoint."""
         self.runs[job_id] = replace(self.runs[job_id], checkpoint_s=now)
@@ -148,6 +158,16 @@ class ClusterState:
             )
         grant.demand = demand
         self._note_surplus(grant, now)
+
+    def replace_serving(self, pending: Iterable[ServingDemand]) -> None:
+        """Replace all serving demand by replicas that have no node yet, where somebody else places replicas.
+
+        Room is kept for them from one decision to the next; those that are placed are no part of the nodes' amounts any more.
+        """
+        for grant in self.grants.values():
+            for node_id in grant.nodes:
+                self.free.give(node_id, grant.demand.replica)
+        self.grants = {demand.key: ServingGrant(demand) for demand in pending if demand.replicas > 0}
 
     @staticmethod
     def _note_surplus(grant: ServingGrant, now: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 
 from tandem.db.schema import JobRow
 from tandem.jobs.work.connection import WorkConnection
@@ -35,11 +35,16 @@ class JobRuns(WorkConnection):
     """What dispatchers and workers write."""
 
     def waiting(self, limit: int = 1000) -> list[Job]:
-        """Jobs in the queue that may start now: most urgent first, then in the order of submission."""
+        """Jobs in the queue that may start now: most urgent first, then in the order of submission.
+
+        Of each tenant the first `limit`: a long queue of one does not hide the jobs of others.
+        """
         with self._reading() as session:
-            now = self.clock.now(session.connection())
-            query = select(JobRow).where(JobRow.state == State.QUEUED.value, *_due(now))
-            return [to_job(row) for row in session.scalars(query.order_by(JobRow.priority, JobRow.number).limit(limit))]
+            now, order = self.clock.now(session.connection()), (JobRow.priority, JobRow.number)
+            place = func.row_number().over(partition_by=JobRow.tenant, order_by=order).label("place")
+            placed = select(JobRow.number, place).where(JobRow.state == State.QUEUED.value, *_due(now)).subquery()
+            query = select(JobRow).join(placed, JobRow.number == placed.c.number).where(placed.c.place <= limit)
+            return [to_job(row) for row in session.scalars(query.order_by(*order))]
 
     def active(self) -> list[Job]:
         """Jobs that a process may be running."""

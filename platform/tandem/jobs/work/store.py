@@ -18,7 +18,7 @@ from tandem.jobs.work.runs import JobRuns
 from tandem.jobs.work.states import Action, JobKind, State
 from tandem.jobs.work.submissions import JobSubmissions
 from tandem.jobs.work.transitions import change_state, check_lease, lease_lost, locked_job, unknown_job
-from tandem.observability.events import Event
+from tandem.observability.events import Event, ResizeRequested
 
 EXPIRABLE = [state.value for state in State if not state.ended and state not in (State.STOPPING, State.EXPIRING)]
 
@@ -48,9 +48,22 @@ class JobStore(JobSubmissions, JobRuns):
         """Let a held job start."""
         return self._request(job_id, Action.RELEASE, reason)
 
-    def preempt(self, job_id: str, *, reason: str | None = None) -> Job:
-        """Let a job save and leave, and wait in the queue again."""
-        return self._request(job_id, Action.PREEMPT, reason)
+    def preempt(self, job_id: str, *, reason: str | None = None, workers: int | None = None) -> Job:
+        """Let a job save and leave, and wait in the queue again.
+
+        With `workers`, its next attempt is to have so many; the event that says so tells a resize from a preemption.
+        """
+        with self._transaction() as (session, now):
+            row = locked_job(session, job_id)
+            if change_state(session, row, Action.PREEMPT, now, reason=reason) and workers is not None:
+                append_events(
+                    session, row, [ResizeRequested(workers=workers, attempt=row.attempt, reason=row.reason)], now
+                )
+            return to_job(row)
+
+    def expire(self, job_id: str, *, reason: str | None = None) -> Job:
+        """End a job that has used up its time: at once where it waits, else with a checkpoint, as soon as it has left."""
+        return self._request(job_id, Action.EXPIRE, reason)
 
     def requeue(self, job_id: str, *, reason: str | None = None) -> Job:
         """Run a job again that ended without success, such as a dead letter; its failures are counted anew."""

@@ -261,6 +261,12 @@ def test_waiting_jobs_are_ordered_by_priority_then_submission(store: JobStore) -
     assert store.get(ids[0]).reason == "waits for 8 GPUs; 6 are free"
 
 
+def test_a_tenant_s_long_queue_does_not_hide_the_jobs_of_others(store: JobStore) -> None:
+    for tenant in ("a", "a", "a", "b"):
+        store.submit(JobSubmission(kind=JobKind.TRAIN, name="x", spec={}, tenant=tenant))
+    assert [job.tenant for job in store.waiting(limit=2)] == ["a", "a", "b"]
+
+
 # ---- reading ----
 
 
