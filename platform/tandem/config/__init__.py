@@ -22,6 +22,7 @@ from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
+from tandem.config.serving.stored import StoredConfig
 from tandem.config.serving.tls import TlsConfig
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
@@ -64,6 +65,7 @@ __all__ = [
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",
+    "StoredConfig",
     "TenantShareConfig",
     "TlsConfig",
     "TrainConfig",

@@ -13,6 +13,7 @@ from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.fine_tuning import FineTuningConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
+from tandem.config.serving.stored import StoredConfig
 from tandem.config.serving.tls import TlsConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
@@ -147,6 +148,7 @@ class GatewayConfig:
     files: FilesConfig = field(default_factory=FilesConfig)
     fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
     batches: BatchesConfig = field(default_factory=BatchesConfig)
+    stored: StoredConfig = field(default_factory=StoredConfig)
     allow: tuple[str, ...] = ()
     """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
     chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,
