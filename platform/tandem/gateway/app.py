@@ -36,13 +36,16 @@ from tandem.gateway.replicas.upstream import Upstream
 from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
+from tandem.gateway.routes.chat_completions import ChatCompletionRoutes
 from tandem.gateway.routes.document import document_route
 from tandem.gateway.routes.files import FileRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.routes.responses import ResponseRoutes
 from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
+from tandem.gateway.stored.service import StoredAnswerService
 from tandem.gateway.work.parts import Work
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
@@ -97,7 +100,8 @@ def create_app(
     request_log = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
-    model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting).routes()
+    stored = StoredAnswerService(registry.address, config)
+    model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting, stored).routes()
     work = Work(registry.address, catalog, admission, identity, config, name, model_routes)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
@@ -106,17 +110,28 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             async with _run_services(
-                request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report, work.worker
+                request_log,
+                identity,
+                accounting,
+                catalog,
+                relay,
+                fleet,
+                files.upkeep,
+                demand_report,
+                stored.recorder,
+                work.worker,
             ):
                 yield
         finally:
-            for closeable in (usage, day_usage, key_routes, files, work):
+            for closeable in (usage, day_usage, key_routes, files, work, stored):
                 closeable.close()
 
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
             *model_routes,
+            *ResponseRoutes(stored).routes(),
+            *ChatCompletionRoutes(stored).routes(),
             *FileRoutes(files).routes(),
             *UploadRoutes(files).routes(),
             *work.routes(),
@@ -131,6 +146,7 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
     app.state.identity, app.state.catalog, app.state.relay, app.state.files = identity, catalog, relay, files
+    app.state.stored = stored
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
