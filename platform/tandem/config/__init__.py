@@ -24,6 +24,7 @@ from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
 from tandem.config.serving.stored import StoredConfig
 from tandem.config.serving.tls import TlsConfig
+from tandem.config.serving.webhooks import WebhookConfig
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
 from tandem.config.training.elastic import check_elastic, with_workers, worker_counts
@@ -70,6 +71,7 @@ __all__ = [
     "TlsConfig",
     "TrainConfig",
     "WandbConfig",
+    "WebhookConfig",
     "apply_overrides",
     "check_elastic",
     "from_dict",

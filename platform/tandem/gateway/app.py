@@ -106,47 +106,28 @@ def create_app(
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        try:
-            async with _run_services(
-                request_log,
-                identity,
-                accounting,
-                catalog,
-                relay,
-                fleet,
-                files.upkeep,
-                demand_report,
-                stored.recorder,
-                work.worker,
-            ):
-                yield
-        finally:
-            for closeable in (usage, day_usage, key_routes, files, work, stored):
-                closeable.close()
+    # Answers that the relay still sends are stored too: the recorder stops after it.
+    services = (request_log, identity, accounting, catalog, stored.recorder, relay, fleet, files.upkeep, demand_report)
+    closeables = (usage, day_usage, key_routes, files, work, stored)
 
+    groups = (ResponseRoutes(stored), ChatCompletionRoutes(stored), FileRoutes(files), UploadRoutes(files), work)
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
             *model_routes,
-            *ResponseRoutes(stored).routes(),
-            *ChatCompletionRoutes(stored).routes(),
-            *FileRoutes(files).routes(),
-            *UploadRoutes(files).routes(),
-            *work.routes(),
+            *(route for group in groups for route in group.routes()),
             document_route(ENGINE_ROUTES, administration, PREFIX),
             Mount(PREFIX, administration),
         ],
         middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
-        lifespan=lifespan,
+        lifespan=lambda app: _run_services((*services, work.worker, work.webhooks), closeables),
         exception_handlers=EXCEPTION_HANDLERS,
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
-    app.state.identity, app.state.catalog, app.state.relay, app.state.files = identity, catalog, relay, files
-    app.state.stored = stored
+    parts = {"admission": admission, "fleet": fleet, "upstream": upstream, "identity": identity, "catalog": catalog}
+    for part, value in (parts | {"relay": relay, "files": files, "stored": stored}).items():
+        setattr(app.state, part, value)
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
@@ -200,10 +181,22 @@ class BackgroundService(Protocol):
         ...
 
 
+class Closeable(Protocol):
+    """A part of the app with threads or connections."""
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
 @contextlib.asynccontextmanager
-async def _run_services(*services: BackgroundService | None) -> AsyncIterator[None]:
-    """Start the services in this order, and stop them in the reverse one."""
+async def _run_services(
+    services: Iterable[BackgroundService | None], closeables: Iterable[Closeable]
+) -> AsyncIterator[None]:
+    """Start the services in this order, stop them in the reverse one, and close what has threads."""
     async with contextlib.AsyncExitStack() as stack:
+        for closeable in closeables:
+            stack.callback(closeable.close)
         for service in services:
             if service is not None:
                 stack.push_async_callback(_call, service.stop)

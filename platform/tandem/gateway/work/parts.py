@@ -18,8 +18,10 @@ from tandem.gateway.routes.fine_tuning import FineTuningRoutes
 from tandem.gateway.work.batch_worker import BatchWorker
 from tandem.gateway.work.callers import Callers, PoolLoads
 from tandem.gateway.work.calls import WorkCalls
+from tandem.gateway.work.webhooks import WebhookSender
 from tandem.jobs.batches.service import BatchService
 from tandem.jobs.fine_tuning.service import FineTuningService
+from tandem.jobs.webhooks.deliveries import Deliveries
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
@@ -43,6 +45,7 @@ class Work:
         self._calls = WorkCalls(config.retry_after_s)
         self._config = config
         self._catalog = catalog
+        self.webhooks = WebhookSender(Deliveries.at(address), config.webhooks)
         self.worker = BatchWorker(
             ItemQueue.at(address),
             Starlette(routes=list(model_routes), exception_handlers=EXCEPTION_HANDLERS),
