@@ -154,7 +154,7 @@ class StoredAnswers(RegistryConnection):
             return 0 if row is None else row.bytes
 
 
-def _live(tenant: str, kind: AnswerKind) -> Select[tuple[StoredAnswerRow]]:
+def _live(tenant: str, kind: AnswerKind) -> Select[StoredAnswerRow]:
     row = StoredAnswerRow
     return select(row).where(row.tenant == tenant, row.kind == kind, row.expires_at > datetime.now(UTC))
 

@@ -25,14 +25,10 @@ from tandem.config import FilesConfig
 __all__ = ["world"]
 ADMIN = {"authorization": "Bearer secret"}
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-UNDOCUMENTED = {
-    "/openapi.json",
-    "/v1/responses/{response_id}",
-    "/v1/responses/{response_id}/cancel",
-    "/v1/responses/{response_id}/input_items",
-}
-"""The document itself, and routes that only say that they are not offered."""
+UNDOCUMENTED = {"/openapi.json", "/v1/responses/{response_id}/cancel"}
+"""The document itself, and a route that only says that it is not offered."""
 FILES = ("/v1/files", "/v1/uploads")
+STORED = ("/v1/responses/", "/v1/chat/completions/")
 EXAMPLES = 20
 """Requests for each operation."""
 
@@ -70,6 +66,15 @@ async def test_no_request_for_files_is_a_server_error_or_answered_against_the_do
         assert len(asked) == 9
         for label in ("POST /v1/files", "GET /v1/files", "POST /v1/uploads"):
             assert 200 in asked[label], asked
+
+
+@pytest.mark.timeout(300)
+async def test_no_request_for_stored_answers_is_a_server_error_or_answered_against_the_document(world: World) -> None:
+    document = (await world.http.get("/openapi.json", headers=ADMIN)).json()
+    paths = {path: each for path, each in document["paths"].items() if path.startswith(STORED)}
+    paths["/v1/chat/completions"] = {"get": document["paths"]["/v1/chat/completions"]["get"]}
+    asked = await ask_all(document | {"paths": paths}, str(world.http.base_url).rstrip("/"))
+    assert len(asked) == 8 and 200 in asked["GET /v1/chat/completions"], asked
 
 
 @pytest.mark.timeout(300)

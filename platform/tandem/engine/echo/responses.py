@@ -20,7 +20,7 @@ def prompt_of(body: Mapping[str, Any]) -> str:
 def response(head: Mapping[str, Any], body: Mapping[str, Any], text: str, usage: Mapping[str, int]) -> dict[str, Any]:
     """The response object with an answer's text."""
     item_id = f"msg_{str(head['id']).removeprefix('resp_')}"
-    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+    part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
     return {
         **head,
         "status": "completed",

@@ -22,6 +22,7 @@ import tandem.api
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.gateway.dialect import Anthropic, dialect_of
 from tandem.gateway.routes.files_document import file_paths, file_schemas
+from tandem.gateway.routes.stored_document import add_stored_paths, stored_schemas
 
 PATH = "/openapi.json"
 SCHEMAS = Path(tandem.api.__file__).with_name("openapi_schemas.json")
@@ -97,6 +98,7 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
         route.path: {"post": engine_operation(route, engine_schemas["routes"][route.path])} for route in routes
     }
     paths |= own_paths() | file_paths(error_responses())
+    add_stored_paths(paths, error_responses())
     paths |= {f"{prefix}{path}": operations for path, operations in admin_document["paths"].items()}
     return {
         "openapi": "3.1.0",
@@ -107,6 +109,7 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
                 **engine_schemas["schemas"],
                 **admin_document["components"]["schemas"],
                 **file_schemas(),
+                **stored_schemas(),
                 **OWN_SCHEMAS,
             },
             "securitySchemes": SECURITY,
