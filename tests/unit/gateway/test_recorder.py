@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,9 @@ LABELS = AnswerLabels(
 
 
 @pytest.fixture
-async def recorder(tmp_path: Path) -> AsyncIterator[Recorder]:
+async def recorder(tmp_path: Path) -> Recorder:
     store = StoredAnswers.at(Registry(f"sqlite:///{tmp_path}/tandem.db").address)
-    yield Recorder(store, StoredConfig())
+    return Recorder(store, StoredConfig())
 
 
 def record(recorder: Recorder, id_: str) -> None:
