@@ -22,7 +22,7 @@ import tandem.api
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.gateway.dialect import Anthropic, dialect_of
 from tandem.gateway.routes.files_document import file_paths, file_schemas
-from tandem.gateway.routes.stored_document import add_stored_paths, stored_schemas
+from tandem.gateway.stored.document import add_stored_paths, stored_schemas
 
 PATH = "/openapi.json"
 SCHEMAS = Path(tandem.api.__file__).with_name("openapi_schemas.json")
