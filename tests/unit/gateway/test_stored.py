@@ -15,9 +15,11 @@ import pytest
 from gateway_world import World, echo, running
 
 from tandem.auth import KeyStore, Role
-from tandem.config import StoredConfig
+from tandem.config import GatewayConfig, StoredConfig
+from tandem.gateway.stored.service import StoredAnswerService
 from tandem.registry import Registry
-from tandem.stored.records import AnswerKind
+from tandem.stored.content import pack
+from tandem.stored.records import AnswerKind, NewAnswer
 from tandem.stored.store import StoredAnswers
 
 MESSAGES: list[Any] = [{"role": "system", "content": "be short"}, {"role": "user", "content": "one two"}]
@@ -244,6 +246,24 @@ async def test_an_answer_whose_client_left_is_not_stored(tmp_path: Path) -> None
         await stored.written()
         kept = stored.store.get("lab", AnswerKind.RESPONSE, created.response.id)  # type: ignore[union-attr]
         assert kept is None and stored.world.app.state.stored.recorder.lost.total() == 0
+
+
+async def test_an_answer_that_another_gateway_is_writing_is_waited_for(tmp_path: Path) -> None:
+    address = Registry(f"sqlite:///{tmp_path}/tandem.db").address
+    service = StoredAnswerService(address, GatewayConfig(replicas=2))
+    raw_bytes, content = pack(b'{"input":"x"}', b'{"id":"r1"}')
+    new = NewAnswer(
+        id="r1", tenant="lab", kind=AnswerKind.RESPONSE, key_id="", model="base", answered_model="base",
+        raw_bytes=raw_bytes, content=content, lifetime_days=1,
+    )  # fmt: skip
+    looking = asyncio.create_task(service.find("lab", AnswerKind.RESPONSE, "r1"))
+    await asyncio.sleep(0.1)
+    assert not looking.done()
+    with StoredAnswers.at(address) as other:
+        await asyncio.to_thread(other.add, new, tenant_bytes=10**6)
+    found = await looking
+    assert found is not None and found.request == {"input": "x"}
+    service.close()
 
 
 async def test_invalid_values_are_400_before_an_engine_is_asked(stored: Stored) -> None:

@@ -47,7 +47,7 @@ class Receiver:
 async def receiver() -> AsyncIterator[Receiver]:
     found = Receiver()
     app = web.Application()
-    app.router.add_post("/{path:.*}", found.answer)
+    app.router.add_route("*", "/{path:.*}", found.answer)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
