@@ -51,6 +51,19 @@ def resolve_references(env: Mapping[str, str], key: str = "models[].env") -> tup
     return tuple(sorted({each for each in hidden if len(each) >= SHORTEST}, key=len, reverse=True))
 
 
+def referred_value(reference: str, key: str) -> str:
+    """What a reference `env:NAME` or `file:PATH` holds in this process and on this node; ConfigError, with `key`, without one."""
+    kind, target = _target(reference) or ("", "")
+    if kind == "file":
+        return _read(Path(target), f"{key} is {reference}")
+    value = variable(target) if kind == "env" else None
+    if not value:
+        raise ConfigError(
+            f"{key} is a reference to {target or 'nothing'}, which is not set on this node. Set it where the node is started."
+        )
+    return value
+
+
 def redact(text: str, values: Iterable[str]) -> str:
     """A text without secrets: without `values`, and without the passwords in URLs."""
     for value in values:

@@ -42,7 +42,8 @@ class Reflecting(EchoEngine):
         super().__init__(names, tasks=tasks, **options)
 
     def _routes(self) -> list[BaseRoute]:
-        return [*super()._routes(), Route("/{path:path}", self._reflect, methods=["POST"])]
+        responses = Route("/v1/responses", self._reflect, methods=["POST"])
+        return [responses, *super()._routes(), Route("/{path:path}", self._reflect, methods=["POST"])]
 
     async def _reflect(self, request: Request) -> Response:
         body = await request.json()

@@ -22,7 +22,9 @@ from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
+from tandem.config.serving.stored import StoredConfig
 from tandem.config.serving.tls import TlsConfig
+from tandem.config.serving.webhooks import WebhookConfig
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
 from tandem.config.training.elastic import check_elastic, with_at_most, with_workers, worker_counts
@@ -64,10 +66,12 @@ __all__ = [
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",
+    "StoredConfig",
     "TenantShareConfig",
     "TlsConfig",
     "TrainConfig",
     "WandbConfig",
+    "WebhookConfig",
     "apply_overrides",
     "check_elastic",
     "from_dict",

@@ -5,6 +5,7 @@ The file is gzip of JSON lines: a head, each row with its table, and the number 
 
 from __future__ import annotations
 
+import base64
 import gzip
 import itertools
 import json
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Connection, Table, delete, func, insert, select, text
+from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, text
 
 from tandem.db.database import database_errors, open_database, redacted_url
 from tandem.db.schema import REVISION, Base, ClockRow, IdentityRow, ModelRow, UtcDateTime
@@ -116,16 +117,23 @@ def _rows(connection: Connection, table: Table) -> Iterator[dict[str, Any]]:
     order = [table.c.revision] if table.name == ModelRow.__tablename__ else list(table.primary_key.columns)
     result = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(select(table).order_by(*order))
     for row in result.mappings():
-        yield {name: value.isoformat() if isinstance(value, datetime) else value for name, value in row.items()}
+        yield {name: _to_json(value) for name, value in row.items()}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _from_json(table: Table, row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: datetime.fromisoformat(value)
-        if value is not None and isinstance(table.c[name].type, UtcDateTime)
-        else value
-        for name, value in row.items()
-    }
+    def column_value(name: str, value: Any) -> Any:
+        if value is not None and isinstance(table.c[name].type, LargeBinary):
+            return base64.b64decode(value)
+        is_time = value is not None and isinstance(table.c[name].type, UtcDateTime)
+        return datetime.fromisoformat(value) if is_time else value
+
+    return {name: column_value(name, value) for name, value in row.items()}
 
 
 def _check(file: Path) -> None:

@@ -53,6 +53,7 @@ class JobRow(LeasedWork, Base):
         Index("ix_jobs_tenant", "tenant", "number"),
         Index("ix_jobs_deadline", "state", "deadline"),
         Index("ix_jobs_parent", "parent"),
+        Index("ix_jobs_ended_at", "ended_at"),
     )
 
     number: Mapped[int] = mapped_column(row_number(), primary_key=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -37,13 +36,16 @@ from tandem.gateway.replicas.upstream import Upstream
 from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
+from tandem.gateway.routes.chat_completions import ChatCompletionRoutes
 from tandem.gateway.routes.files import FileRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.routes.openapi.document import document_route
+from tandem.gateway.routes.responses import ResponseRoutes
 from tandem.gateway.routes.uploads import UploadRoutes
 from tandem.gateway.routes.usage import UsageRoutes
+from tandem.gateway.stored.service import StoredAnswerService
 from tandem.gateway.work.parts import Work
 from tandem.jobs.adapters import Adapters
 from tandem.jobs.tracking.logs import LogSource
@@ -101,36 +103,46 @@ def create_app(
     request_log = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
-    model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting).routes()
+    stored = StoredAnswerService(registry.address, config)
+    model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting, stored).routes()
     work = Work(registry.address, catalog, admission, identity, config, name, model_routes, run_logs)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
-    services = (request_log, identity, accounting, catalog, relay, fleet, files.upkeep, demand_report, work.worker)
+    # Answers that the relay still sends are stored too: the recorder stops after it.
+    services = (request_log, identity, accounting, catalog, stored.recorder, relay, fleet, files.upkeep, demand_report)
+    closeables = (usage, day_usage, key_routes, files, work, stored)
+    groups = (ResponseRoutes(stored), ChatCompletionRoutes(stored), FileRoutes(files), UploadRoutes(files), work)
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
-        routes=[*model_routes, *_other_routes(files, work, administration)],
+        routes=[*model_routes, *_other_routes(groups, administration)],
         middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
-        lifespan=_lifespan(services, (usage, day_usage, key_routes, files, work)),
+        lifespan=lambda app: _run_services((*services, work.worker, work.webhooks), closeables),
         exception_handlers=EXCEPTION_HANDLERS,
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
-    app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
-    app.state.files, app.state.work = files, work
+    parts = {"admission": admission, "fleet": fleet, "upstream": upstream, "identity": identity, "catalog": catalog}
+    for part, value in (parts | {"relay": relay, "files": files, "stored": stored, "work": work}).items():
+        setattr(app.state, part, value)
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
     for closeable in (app, administration):
         closeable.state.server_adds_request_id = server_adds_request_id
     return app
 
 
-def _other_routes(files: FileService, work: Work, administration: FastAPI) -> list[BaseRoute]:
-    """The routes beside those of models: files, jobs, the OpenAPI document and administration."""
+class RouteGroup(Protocol):
+    """Routes of one kind of resource."""
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes for Starlette."""
+        ...
+
+
+def _other_routes(groups: Iterable[RouteGroup], administration: FastAPI) -> list[BaseRoute]:
+    """The routes beside those of models: of the groups, the OpenAPI document and administration."""
     return [
-        *FileRoutes(files).routes(),
-        *UploadRoutes(files).routes(),
-        *work.routes(),
+        *(route for group in groups for route in group.routes()),
         document_route(ENGINE_ROUTES, administration, PREFIX),
         Mount(PREFIX, administration),
     ]
@@ -191,27 +203,14 @@ class Closeable(Protocol):
         ...
 
 
-def _lifespan(
-    services: Iterable[BackgroundService | None], closeables: Iterable[Closeable]
-) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
-    """Run the services while the app serves, and close what has to be closed when it ends."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        try:
-            async with _run_services(*services):
-                yield
-        finally:
-            for closeable in closeables:
-                closeable.close()
-
-    return lifespan
-
-
 @contextlib.asynccontextmanager
-async def _run_services(*services: BackgroundService | None) -> AsyncIterator[None]:
-    """Start the services in this order, and stop them in the reverse one."""
+async def _run_services(
+    services: Iterable[BackgroundService | None], closeables: Iterable[Closeable]
+) -> AsyncIterator[None]:
+    """Start the services in this order, stop them in the reverse one, and close what has threads."""
     async with contextlib.AsyncExitStack() as stack:
+        for closeable in closeables:
+            stack.callback(closeable.close)
         for service in services:
             if service is not None:
                 stack.push_async_callback(_call, service.stop)

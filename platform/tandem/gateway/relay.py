@@ -33,6 +33,7 @@ from tandem.gateway.replicas.upstream import Attempt, EngineRequest, Upstream
 from tandem.gateway.requests.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.requests.quarantine import Quarantine
 from tandem.gateway.retry_budget import RetryBudget
+from tandem.gateway.stored.recording import Recording
 from tandem.routing.records import ReplicaRecord
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
@@ -171,8 +172,12 @@ class RelayedResponse(Response):
         account: RequestAccount,
         prepare: Prepare | None = None,
         held_body: HeldBody | None = None,
+        recording: Recording | None = None,
     ) -> None:
-        """`held_body`: the body's share of the gateway's byte budget, released once an engine has answered."""
+        """`held_body`: the body's share of the gateway's byte budget, released once an engine has answered.
+
+        `recording` gets a copy of the answer, which is to be stored.
+        """
         self.background = None
         self.sending_since = math.inf
         """Monotonic time since which the client has not taken a message; infinity: nothing is being sent."""
@@ -181,6 +186,7 @@ class RelayedResponse(Response):
         self._account = account
         self._prepare = prepare
         self._held_body = held_body
+        self._recording = recording
         self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
         self._budget = RetryBudget()
         self._timeout = asyncio.timeout(None)
@@ -218,6 +224,8 @@ class RelayedResponse(Response):
             self._account.close(reached_engine=self._budget.reached_engine)
             self._log_result(scope)
             self._drop_body()
+            if self._recording is not None:
+                self._recording.close()
 
     def cut(self) -> None:
         """End the response: the client takes nothing of it."""
@@ -294,6 +302,8 @@ class RelayedResponse(Response):
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": rewritten, "more_body": True})
                     self.sending_since = math.inf
+                    if self._recording is not None:
+                        self._recording.add(rewritten)
                     chunk = await answer.read_any()
             except EngineHttpError as error:
                 self._relay.charge_if_lost(self._account, attempt.replica)
@@ -310,6 +320,8 @@ class RelayedResponse(Response):
                     self._relay.note_failure(self._request.digest, attempt.replica)
                 else:
                     self._relay.quarantine.answered(self._request.digest)
+                    if self._recording is not None:
+                        self._recording.complete(is_stream=is_stream)
             await send_once({"type": "http.response.body", "body": b""})
 
     async def _send_head(

@@ -26,15 +26,11 @@ from tandem.config import FilesConfig
 __all__ = ["world"]
 ADMIN = {"authorization": "Bearer secret"}
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-UNDOCUMENTED = {
-    "/openapi.json",
-    "/v1/responses/{response_id}",
-    "/v1/responses/{response_id}/cancel",
-    "/v1/responses/{response_id}/input_items",
-}
-"""The document itself, and routes that only say that they are not offered."""
+UNDOCUMENTED = {"/openapi.json", "/v1/responses/{response_id}/cancel"}
+"""The document itself, and a route that only says that it is not offered."""
 FILES = ("/v1/files", "/v1/uploads")
 WORK = ("/v1/fine_tuning", "/v1/batches", "/v1/tandem")
+STORED = ("/v1/responses/", "/v1/chat/completions/")
 EXAMPLES = 20
 """Requests for each operation."""
 
@@ -122,6 +118,15 @@ def use_ids(document: dict[str, Any], ids: dict[str, str]) -> None:
             for parameter in operation["parameters"]:
                 if parameter["name"] in ids:
                     parameter["schema"] = {"enum": [ids[parameter["name"]], "none"]}
+
+
+@pytest.mark.timeout(300)
+async def test_no_request_for_stored_answers_is_a_server_error_or_answered_against_the_document(world: World) -> None:
+    document = (await world.http.get("/openapi.json", headers=ADMIN)).json()
+    paths = {path: each for path, each in document["paths"].items() if path.startswith(STORED)}
+    paths["/v1/chat/completions"] = {"get": document["paths"]["/v1/chat/completions"]["get"]}
+    asked = await ask_all(document | {"paths": paths}, str(world.http.base_url).rstrip("/"))
+    assert len(asked) == 8 and 200 in asked["GET /v1/chat/completions"], asked
 
 
 @pytest.mark.timeout(300)

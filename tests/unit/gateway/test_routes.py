@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
-from tandem.config import GatewayConfig, ServedModelConfig
+from tandem.config import GatewayConfig, ServedModelConfig, StoredConfig
 from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.routes import ALLOWED, ENGINE_ROUTES
 from tandem.gateway import latency
@@ -104,6 +104,7 @@ async def gateway(
     strict: bool = False,
     tools: bool = True,
     server_adds_request_id: bool = False,
+    stored: StoredConfig | None = None,
 ) -> AsyncIterator[Gate]:
     """A gateway before one engine, or before none, that serves the model `base`."""
     host = EngineHost(engine, max_adapters=0) if engine else None
@@ -129,7 +130,7 @@ async def gateway(
         ],
         watch=watch,
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
-        config=GatewayConfig(max_body_bytes=4096, retry_after_s=7, strict=strict),
+        config=GatewayConfig(max_body_bytes=4096, retry_after_s=7, strict=strict, stored=stored or StoredConfig()),
         record_latency=lambda route, ms: added.append((route, ms)),
         server_adds_request_id=server_adds_request_id,
     )
@@ -165,7 +166,9 @@ async def test_each_route_reaches_the_engine_unchanged(tmp_path: Path, prefix: s
                 assert answer.json()["route"] == route.path
                 assert answer.json()["request"].items() >= body.items()
             assert (await gate.http.post(route.path, json=body | {"model": "nobody"})).status_code == 404
-            assert (await gate.http.get(route.path)).status_code == 405
+            # Stored chat completions are listed.
+            is_listed = route.path == "/v1/chat/completions"
+            assert (await gate.http.get(route.path)).status_code == (200 if is_listed else 405)
             assert (await gate.http.post(f"{route.path}/", json=body)).status_code == 404
             assert ("type" in (await gate.http.post(route.path, content=b"{")).json()) == ("messages" in route.path)
         assert [route for route, _ in gate.added] == [route.path for route in ENGINE_ROUTES]
@@ -195,8 +198,9 @@ def test_the_gateway_offers_no_internal_route(tmp_path: Path) -> None:
     }
     assert {("POST", route.path) for route in ENGINE_ROUTES} <= offered & ALLOWED
     own = {"/health", "/health/live", "/health/ready", "/openapi.json", "/v1/models", "/v1/models/{name:path}"}
-    resources = ("/v1/responses/", "/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning/", "/admin/")
-    assert {path for _, path in offered - ALLOWED if not path.startswith(resources)} == own
+    resources = ("responses/", "chat/completions", "files", "uploads", "batches", "fine_tuning/", "tandem/")
+    prefixes = (*(f"/v1/{name}" for name in resources), "/admin/")
+    assert {path for _, path in offered - ALLOWED if not path.startswith(prefixes)} == own
     assert ("GET", "/metrics") not in offered
 
 
@@ -316,14 +320,14 @@ async def test_the_number_of_stop_texts_is_left_to_the_engine(tmp_path: Path) ->
         assert sent.status_code == 200 and sent.json()["request"]["stop"] == ["a"] * 16
 
 
-async def test_a_request_for_stored_responses_is_refused_with_the_alternative(tmp_path: Path) -> None:
-    async with gateway(tmp_path, Reflecting(("base",))) as gate:
+async def test_where_nothing_is_stored_a_request_for_it_is_refused_with_the_alternative(tmp_path: Path) -> None:
+    async with gateway(tmp_path, Reflecting(("base",)), stored=StoredConfig(enabled=False)) as gate:
         client = gate.openai()
         for asked in ({"store": True}, {"background": True}, {"previous_response_id": "resp_1"}, {"conversation": "c"}):
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.responses.create(model="base", input="x", **asked)  # type: ignore[call-overload]
-            assert refused.value.param == next(iter(asked)) and "not stored here" in refused.value.message
-        with pytest.raises(openai.NotFoundError, match="Send the whole conversation in `input`"):
+            assert refused.value.param == next(iter(asked)) and " here" in refused.value.message
+        with pytest.raises(openai.NotFoundError, match="stored for requests with `store` alone"):
             await client.responses.retrieve("resp_1")
         with pytest.raises(openai.NotFoundError):
             await client.responses.cancel("resp_1")
@@ -373,7 +377,7 @@ async def test_the_gateways_errors_have_anthropics_format_on_its_routes(tmp_path
         answer = await gate.http.post("/v1/messages/count_tokens", content=b"{", headers={"x-request-id": "mine"})
         assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["request_id"] == "mine"
         assert (await gate.http.get("/v1/messages")).json()["type"] == "error"
-        assert set((await gate.http.get("/v1/chat/completions")).json()) == {"error"}
+        assert set((await gate.http.get("/v1/completions")).json()) == {"error"}
 
 
 async def test_without_a_replica_openais_sdk_sees_a_503_on_each_of_its_routes(tmp_path: Path) -> None:

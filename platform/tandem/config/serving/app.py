@@ -14,7 +14,9 @@ from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.fine_tuning import FineTuningConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
+from tandem.config.serving.stored import StoredConfig
 from tandem.config.serving.tls import TlsConfig
+from tandem.config.serving.webhooks import WebhookConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
@@ -148,6 +150,9 @@ class GatewayConfig:
     files: FilesConfig = field(default_factory=FilesConfig)
     fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
     batches: BatchesConfig = field(default_factory=BatchesConfig)
+    stored: StoredConfig = field(default_factory=StoredConfig)
+    webhooks: tuple[WebhookConfig, ...] = ()
+    """Endpoints that are told when fine-tuning jobs and batches end."""
     allow: tuple[str, ...] = ()
     """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
     chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,
@@ -171,6 +176,11 @@ class GatewayConfig:
                     f"gateway.cors_origins has {origin!r}; give a scheme and a host, such as https://chat.example.com. "
                     "All origins at once would let any web page use an app without keys."
                 )
+        urls = [each.url for each in self.webhooks]
+        if len(set(urls)) < len(urls):
+            raise ConfigError(
+                "gateway.webhooks has the same url twice; give each endpoint one entry, or another path or query."
+            )
         check.at_least("gateway.replicas", self.replicas, 1)
         for name in self.allow:
             check.one_of("gateway.allow", name, GUARDED_FIELDS)

@@ -1,4 +1,4 @@
-"""Descriptor of the echo engine: completions and chats, no model files, no checks beyond its own arguments."""
+"""Descriptor of the echo engine: completions, chats and responses, no model files, no checks beyond its own arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tandem.engine.protocol import Engine
 from tandem.engine.routes import ENGINE_ROUTES, GENERATE
 from tandem.engine.spec import EngineSpec
 
-ROUTES = ("/v1/completions", "/v1/chat/completions")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
 
 def create(spec: EngineSpec) -> Engine:

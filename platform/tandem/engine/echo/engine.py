@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+from tandem.engine.echo import responses
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import TtftWindow
@@ -137,6 +138,7 @@ class EchoEngine:
         return [
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/responses", self._respond, methods=["POST"]),
             Route("/v1/models", self._list),
             Route("/health", lambda request: PlainTextResponse("")),
         ]
@@ -199,6 +201,48 @@ class EchoEngine:
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return JSONResponse({**head, "choices": [choice], "usage": usage})
 
+    async def _respond(self, request: Request) -> Response:
+        body = await request.json()
+        model = str(body.get("model"))
+        if not self._knows(model):
+            return _unknown(model)
+        words = responses.prompt_of(body).split()
+        if len(words) > self._max_length:
+            return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
+        limit = min(int(body.get("max_output_tokens") or len(words)), MOST_TOKENS)
+        tokens = _Tokens(word if index == 0 else f" {word}" for index, word in enumerate(words[:limit]))
+        head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "model": model}
+        if (counters := current_tokens()) is not None:
+            counters.add(
+                str(head["id"]), lambda: TokenCounts(len(words) if tokens.num_generated else 0, tokens.num_generated)
+            )
+        text = "".join(list.__iter__(tokens))
+        total = len(words) + len(tokens)
+        usage = {"prompt_tokens": len(words), "completion_tokens": len(tokens), "total_tokens": total}
+        whole = responses.response(head, body, text, usage)
+        if body.get("stream"):
+            return StreamingResponse(self._stream_response(whole, tokens), media_type="text/event-stream")
+        async with self._running_request():
+            for _ in tokens:
+                await asyncio.sleep(self._delay_s)
+                self._steps += 1
+        return JSONResponse(whole)
+
+    async def _stream_response(self, whole: dict[str, Any], tokens: list[str]) -> AsyncIterator[bytes]:
+        complete = False
+        try:
+            async with self._running_request():
+                for event in responses.first_events(whole):
+                    yield _named_event(event)
+                for number, token in enumerate(tokens, 2):
+                    await asyncio.sleep(self._delay_s)
+                    self._steps += 1
+                    yield _named_event(responses.delta_event(whole, token, number))
+                yield _named_event(responses.last_event(whole, len(tokens) + 2))
+                complete = True
+        finally:
+            self.aborted += not complete
+
     async def _stream(
         self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
     ) -> AsyncIterator[bytes]:
@@ -254,6 +298,10 @@ class _Tokens(list[str]):
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def _named_event(value: dict[str, Any]) -> bytes:
+    return f"event: {value['type']}\n".encode() + _event(value)
 
 
 def _unknown(model: str) -> Response:

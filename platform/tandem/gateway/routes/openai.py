@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from tandem.api.nulls import drop_nulls
 from tandem.api.request_values import missing_fields, value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
+from tandem.auth.principal import Principal
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
 from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
@@ -38,6 +39,8 @@ from tandem.gateway.requests.request_caps import check_caps
 from tandem.gateway.requests.request_content import check_content
 from tandem.gateway.requests.request_hints import read_routing_request, salt_cache, take_scheduling_hints
 from tandem.gateway.routes import responses
+from tandem.gateway.stored.recording import AnswerLabels
+from tandem.gateway.stored.service import KINDS, StoredAnswerService
 from tandem.routing.records import ServedModel
 from tandem.usage import UsageLabels
 
@@ -55,12 +58,19 @@ class OpenAIRoutes:
     """The route handlers."""
 
     def __init__(
-        self, catalog: Catalog, fleet: Fleet, relay: Relay, config: GatewayConfig, accounting: Accounting
+        self,
+        catalog: Catalog,
+        fleet: Fleet,
+        relay: Relay,
+        config: GatewayConfig,
+        accounting: Accounting,
+        stored: StoredAnswerService,
     ) -> None:
         self._accounting = accounting
         self._catalog = catalog
         self._fleet = fleet
         self._relay = relay
+        self._stored = stored
         self._config = config
         self._large_bodies = LargeBodies()
         self._healthy, self._healthy_until = False, -math.inf
@@ -72,7 +82,6 @@ class OpenAIRoutes:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
             *(Route(route.path, self._handler(route), methods=["POST"]) for route in ENGINE_ROUTES),
-            *responses.routes(),
             Route("/health", self.health),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
@@ -113,21 +122,20 @@ class OpenAIRoutes:
         stopwatch, arrived = Stopwatch(), time.monotonic()
         size, large_bodies = len(raw), self._large_bodies
         body = await parse_in_turns(raw, large_bodies)
-        name = body.get("model")
-        if not isinstance(name, str) or not name:
-            problem = "missing or empty" if not name else f"of type {type(name).__name__}"
-            raise ApiError(400, f"`model` must be the name of a model; it is {problem}.", param="model")
+        name = model_name_of(body)
         warnings = self._check_fields(route.path, body, request)
         principal = principal_of(request.scope)
         model = await self._catalog.resolve(name, principal)
         engine, config = model.engine, model.base.config
         check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+        client_raw = raw
+        labels_to_store, raw = await self._prepare_stored(route.path, body, raw, principal)
+        size = len(raw)
+        held_body.grow_to(size)
         try:
             engine.requests.check(name, body, config, model.base.supports_tools)
         except UnsupportedRequestError as error:
             raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
-        if route.path == responses.PATH:
-            responses.check(body)
         drop_nulls(body)
         await large_bodies.run(size, check_values, route.path, body, raw, self._config.caps.schema_bytes)
         await large_bodies.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
@@ -164,7 +172,29 @@ class OpenAIRoutes:
             warnings=warnings,
         )
         prepare = functools.partial(with_prefill, self._relay) if config.prefill else None
-        return RelayedResponse(self._relay, engine_request, account, prepare, held_body)
+        recording, warning = self._stored.record(labels_to_store, client_raw)
+        add_warning(warnings, warning)
+        return RelayedResponse(self._relay, engine_request, account, prepare, held_body, recording)
+
+    async def _prepare_stored(
+        self, path: str, body: dict[str, Any], raw: bytes, principal: Principal
+    ) -> tuple[AnswerLabels | None, bytes]:
+        """Take what concerns stored answers out of a body; labels of the answer if it is to be stored, and the engine's body.
+
+        That has the whole conversation where the request goes on from a stored response.
+        """
+        if path not in KINDS:
+            return None, raw
+        if path == responses.PATH:
+            responses.check(body, can_store=self._stored.config.enabled)
+        stored = await self._stored.prepare(path, body, principal)
+        if path == responses.PATH:
+            # Left out it would be true.
+            body["store"] = False
+        if stored.conversation is not None:
+            body["input"] = stored.conversation
+            raw = await self._large_bodies.run(stored.num_bytes, to_json, body)
+        return stored.labels, raw
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
         """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""
@@ -205,6 +235,21 @@ class OpenAIRoutes:
         """200 while this gateway knows the replicas from the directory; 503 before, and once its copy is stale."""
         ready = self._fleet.fresh
         return JSONResponse({"status": "ok" if ready else "unavailable"}, status_code=200 if ready else 503)
+
+
+def model_name_of(body: dict[str, Any]) -> str:
+    """The name of the model that a request is for; ApiError 400 if there is none."""
+    name = body.get("model")
+    if not isinstance(name, str) or not name:
+        problem = "missing or empty" if not name else f"of type {type(name).__name__}"
+        raise ApiError(400, f"`model` must be the name of a model; it is {problem}.", param="model")
+    return name
+
+
+def add_warning(headers: dict[str, str], warning: str) -> None:
+    """Add a warning, unless it is empty, to the response header of warnings."""
+    if warning:
+        headers[WARNING_HEADER] = "; ".join(filter(None, (headers.get(WARNING_HEADER), warning)))
 
 
 def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: tuple[str, ...]) -> None:

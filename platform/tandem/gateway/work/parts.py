@@ -19,11 +19,13 @@ from tandem.gateway.routes.jobs import JobRoutes
 from tandem.gateway.work.batch_worker import BatchWorker
 from tandem.gateway.work.callers import Callers, PoolLoads
 from tandem.gateway.work.calls import WorkCalls
+from tandem.gateway.work.webhooks import WebhookSender
 from tandem.jobs.batches.service import BatchService
 from tandem.jobs.fine_tuning.service import FineTuningService
 from tandem.jobs.tracking.logs import LogSource
 from tandem.jobs.tracking.queue_state import QueueState
 from tandem.jobs.tracking.service import JobTracking
+from tandem.jobs.webhooks.deliveries import Deliveries
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
@@ -52,6 +54,7 @@ class Work:
         self._run_logs = run_logs
         self._config = config
         self._catalog = catalog
+        self.webhooks = WebhookSender(Deliveries.at(address), config.webhooks)
         self.worker = BatchWorker(
             ItemQueue.at(address),
             Starlette(routes=list(model_routes), exception_handlers=EXCEPTION_HANDLERS),

@@ -25,6 +25,7 @@ from tandem.gateway.routes.openapi.files import file_paths, file_schemas
 from tandem.gateway.routes.openapi.jobs import job_paths, job_schemas
 from tandem.gateway.routes.openapi.operations import COMPONENTS, merged, with_errors
 from tandem.gateway.routes.openapi.work import work_paths, work_schemas
+from tandem.gateway.stored.document import add_stored_paths, stored_schemas
 
 PATH = "/openapi.json"
 SCHEMAS = Path(tandem.api.__file__).with_name("openapi_schemas.json")
@@ -99,6 +100,7 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
         route.path: {"post": engine_operation(route, engine_schemas["routes"][route.path])} for route in routes
     }
     paths |= own_paths() | with_errors(file_paths() | work_paths() | job_paths(), error_responses())
+    add_stored_paths(paths, error_responses())
     paths |= {f"{prefix}{path}": operations for path, operations in admin_document["paths"].items()}
     return {
         "openapi": "3.1.0",
@@ -112,6 +114,7 @@ def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str)
                     file_schemas(),
                     work_schemas(),
                     job_schemas(),
+                    stored_schemas(),
                     OWN_SCHEMAS,
                 )
             ),
