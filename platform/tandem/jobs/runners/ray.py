@@ -37,8 +37,11 @@ class RayRunner:
     def start(self, job: Job) -> str:
         """See `Runner`. A submission of the same job that runs already, by command, counts as this attempt."""
         try:
+            is_elastic = job.resources.max_workers > job.resources.min_workers
             return self._client().submit(
-                self._folder(job.id, job.kind), submission=job.run_name, max_workers=job.workers
+                self._folder(job.id, job.kind),
+                submission=job.run_name,
+                max_workers=job.workers if is_elastic else None,
             )
         except RuntimeError as error:
             raise JobError(
