@@ -110,6 +110,27 @@ async def test_events_and_log_are_followed_until_the_job_ends(jobs: JobsWorld) -
     assert await asyncio.to_thread(go_on) == events[2:]
 
 
+async def test_a_log_is_followed_across_a_time_in_which_its_cluster_does_not_answer(jobs: JobsWorld) -> None:
+    job = jobs.submit()
+    run, lease = jobs.start(job)
+    jobs.logs.lines[run.run_name] = ["one"]
+    lines: list[str] = []
+
+    def follow() -> None:
+        with client_of(jobs) as client:
+            lines.extend(each.text for each in client.jobs.logs(job, follow=True))
+
+    following = asyncio.create_task(asyncio.to_thread(follow))
+    await asyncio.sleep(0.5)
+    jobs.logs.is_away = True
+    await asyncio.sleep(1.5)
+    jobs.logs.lines[run.run_name].append("two")
+    jobs.logs.is_away = False
+    jobs.store.finish(lease)
+    await following
+    assert lines == ["one", "two"]
+
+
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobsWorld]:
     """The gateway in a thread: commands handle signals, which the main thread alone can."""
