@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from jobs_world import JobsWorld, jobs_world
@@ -17,8 +18,10 @@ import tandem
 from tandem.api import jobs as wire
 from tandem.cli.main import app
 from tandem.errors import ClusterError, ConfigError, IllegalTransitionError, UnknownJobError, UnknownLogError
+from tandem.gateway.routes.openapi.jobs import job_paths
 from tandem.jobs.work.states import ENDED, JobKind, State
 from tandem.observability.events import Step
+from tandem.sdk.jobs import requests
 
 
 @pytest.fixture
@@ -33,11 +36,27 @@ def client_of(jobs: JobsWorld, key: str = "trainer") -> tandem.Client:
 
 
 def test_the_wire_has_every_kind_and_state() -> None:
-    from typing import get_args
-
     assert set(get_args(wire.JobKind)) == {kind.value for kind in JobKind}
     assert set(get_args(wire.JobState)) == {state.value for state in State}
     assert {state.value for state in ENDED} == wire.ENDED_STATES
+
+
+def test_every_request_of_the_clients_is_in_the_openapi_document() -> None:
+    page = requests.page_request(kinds=["train"], states=["held"], parent="p", tenant="t", after="a", limit=1)
+    sent = [
+        page, requests.job_request("j"), requests.events_request("j", "1.0"), requests.event_stream_request("j", "1.0"),
+        requests.log_request("j", 1, 1, follow=True), requests.metrics_request("j", ["loss"], 1),
+        requests.lineage_request("j"), requests.queue_request("t"),
+        *(requests.action_request("j", action) for action in get_args(wire.JobAction)),
+    ]  # fmt: skip
+    paths = job_paths()
+    described = set()
+    for request in sent:
+        path = "/v1" + re.sub("/jobs/j(?=/|$)", "/jobs/{job_id}", request.path)
+        described.add(path)
+        parameters = {each["name"] for each in paths[path][request.method]["parameters"]}
+        assert set(request.query) <= parameters, path
+    assert described == set(paths)
 
 
 async def test_jobs_are_listed_over_pages_shown_and_changed(jobs: JobsWorld) -> None:
@@ -108,6 +127,27 @@ async def test_events_and_log_are_followed_until_the_job_ends(jobs: JobsWorld) -
             return list(client.jobs.events(job, after=events[1].id))
 
     assert await asyncio.to_thread(go_on) == events[2:]
+
+
+async def test_a_log_is_followed_across_a_time_in_which_its_cluster_does_not_answer(jobs: JobsWorld) -> None:
+    job = jobs.submit()
+    run, lease = jobs.start(job)
+    jobs.logs.lines[run.run_name] = ["one"]
+    lines: list[str] = []
+
+    def follow() -> None:
+        with client_of(jobs) as client:
+            lines.extend(each.text for each in client.jobs.logs(job, follow=True))
+
+    following = asyncio.create_task(asyncio.to_thread(follow))
+    await asyncio.sleep(0.5)
+    jobs.logs.is_away = True
+    await asyncio.sleep(1.5)
+    jobs.logs.lines[run.run_name].append("two")
+    jobs.logs.is_away = False
+    jobs.store.finish(lease)
+    await following
+    assert lines == ["one", "two"]
 
 
 @pytest.fixture

@@ -56,6 +56,8 @@ class LogFeed:
     after: int
     """Number of the last line that was read."""
     _line: Line = START
+    _opened: LogSource | None = None
+    """Kept from one call to the next: a client of a cluster asks for its version first."""
 
     def next(self) -> Chunk[wire.TandemLogLine]:
         """See `Feed`. UnknownLogError where there is none, ClusterError where the cluster does not answer."""
@@ -92,4 +94,6 @@ class LogFeed:
             raise UnknownLogError(
                 f"No log of {handle} is kept, and this gateway belongs to no cluster that could have it."
             )
-        return list(itertools.islice(self.source().log_lines(handle), self.after, self.after + PAGE))
+        if self._opened is None:
+            self._opened = self.source()
+        return list(itertools.islice(self._opened.log_lines(handle), self.after, self.after + PAGE))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tandem.errors import JobError, UnknownLogError
+from tandem.jobs.client import JobClient
+from tandem.jobs.dispatch.runner import RunState
+from tandem.jobs.folder import JobState
+from tandem.jobs.runners.ray import RayRunner
 from tandem.jobs.tracking.logs import LogFeed, keep_log, log_path
 from tandem.jobs.work.records import JobSubmission, Lease
 from tandem.jobs.work.states import JobKind
@@ -90,6 +95,26 @@ def test_a_log_that_is_nowhere_is_refused_with_the_reason(store: JobStore, home:
         feed_of(store, None).next()
     with pytest.raises(JobError, match="no log of"):
         feed_of(store, ClusterLogs()).next()
+
+
+class StoppedCluster(ClusterLogs):
+    """A cluster on which every run was stopped."""
+
+    def known_state(self, submission: str) -> JobState:
+        """See `JobClient`."""
+        return JobState.STOPPED
+
+
+def test_the_runner_keeps_the_log_of_an_attempt_that_has_ended(home: Path) -> None:
+    cluster = StoppedCluster()
+    cluster.lines["a-1.2"] = ["one"]
+    runner = RayRunner(lambda: cast(JobClient, cluster))
+    for run in ("a-1.2", "a-1.3"):
+        # Of the second the cluster has no log: its end counts all the same.
+        status = runner.state(run)
+        assert status is not None and status.state is RunState.STOPPED
+    assert log_path(home / "jobs" / "a-1", 2).read_text() == "one\n"
+    assert not log_path(home / "jobs" / "a-1", 3).exists()
 
 
 def test_a_job_that_has_not_started_has_an_empty_log_which_is_followed(store: JobStore, home: Path) -> None:
