@@ -127,7 +127,8 @@ class BatchRunner:
             counts = self._queue.counts(job.id)
             # Counting takes longer, and matters less, where there are many.
             pause_s = max(POLL_S, sum(counts.values()) / COUNTED_PER_S)
-            if all(state.ended for state in counts):
+            # Where requests were cancelled or have expired the batch is told to stop next: it has not finished.
+            if all(state.ended and state not in ENDINGS for state in counts):
                 return RunStatus(state=RunState.FINISHED, result=self._write_outputs(job))
         return RunStatus(state=RunState.STOPPED, result=self._write_outputs(job) if run.ends else None)
 
