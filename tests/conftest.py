@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fake_hub import FakeHub
 from postgresql import Server, postgresql
+from s3_fixtures import s3 as s3
 
 from tandem import settings as environment
 from tandem.cluster.local import LocalCluster, authentication

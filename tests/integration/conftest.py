@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from s3_fixtures import s3 as s3
 from serve_fixtures import pooled as pooled
 from serve_fixtures import serve_port as serve_port
 from serve_fixtures import served as served

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from postgresql import Server
-from s3_fixtures import s3 as s3
 
 from tandem.files.uploads import UploadStore
 from tandem.registry import Registry, upgrade
