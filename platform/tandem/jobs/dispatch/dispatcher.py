@@ -36,8 +36,8 @@ from tandem.jobs.work.store import JobStore
 
 LEASE_S = 30.0
 """Seconds after which the jobs and the lead of a dispatcher that died go to another one."""
-POLL_S = 1.0
-"""Seconds between two rounds."""
+POLL_S, IDLE_POLLS = 1.0, 3
+"""Seconds between two rounds, and how many times as long where no job waits or runs."""
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ class Dispatcher:
         self._term: Term | None = None
         self._held: dict[str, Lease] = {}
         """Leases of this process, by the ids of their jobs."""
+        self._has_jobs = True
+        """Whether any job waited or ran in the last round."""
         self._renewed_at = 0.0
         """Monotonic clock."""
 
@@ -80,7 +82,7 @@ class Dispatcher:
             except TandemError as error:
                 # The database or the cluster is away: later it may answer.
                 log.warning("%s", error)
-            stop.wait(poll_s)
+            stop.wait(poll_s if self._has_jobs else IDLE_POLLS * poll_s)
         self.resign()
 
     def resign(self) -> None:
@@ -200,6 +202,7 @@ class Dispatcher:
     def _carry_out_decisions(self) -> None:
         waiting, running = self._store.waiting(), self._store.active()
         by_id = {job.id: job for job in (*waiting, *running)}
+        self._has_jobs = bool(by_id)
         reasons: dict[str, str] = {}
         for decision in self._decide(waiting, running, self._capacity(), self._store.now()):
             match decision:
