@@ -142,15 +142,17 @@ def test_limits_and_usage_are_exact_over_two_gateways_with_one_killed(url: str, 
     # 502 and 503: HAProxy's, until it has noticed.
     assert 429 in statuses and 200 not in statuses
     begin = spent(home, free["id"])
-    done = 0
+    done = sent = 0
     deadline = time.monotonic() + 90
     while done < 100:
         assert time.monotonic() < deadline
+        sent += 1
         with contextlib.suppress(httpx.TransportError):
             done += ask(url, free["secret"])[0] == 200
     within(20, lambda: spent(home, free["id"])[0] - begin[0] >= done)
     requests, prompt, completion = (now - then for now, then in zip(spent(home, free["id"]), begin, strict=True))
-    assert (requests, prompt, completion) == (done, 3 * done, 3 * done)
+    # One that was answered by an engine, and whose connection was cut by then, counts too.
+    assert done <= requests <= sent and (prompt, completion) == (3 * requests, 3 * requests)
     requests, prompt, completion = spent(home, limited["id"])
     assert 30 >= requests >= len(admitted) and (prompt, completion) == (3 * requests, 3 * requests)
 

@@ -10,7 +10,7 @@ from tandem.errors import ClusterError
 
 T = TypeVar("T")
 
-ANSWERS_WITHIN_S = 15.0
+ANSWERS_WITHIN_S = 30.0
 """Seconds for which a dashboard that does not answer is asked again."""
 PAUSE_S = 0.5
 """Seconds between two requests."""
