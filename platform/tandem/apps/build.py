@@ -87,14 +87,15 @@ def application(planned: AppPlan) -> serve.Application:
     """The Serve application of a plan. Its replicas are placed on nodes that are not cordoned now."""
     config, registry = planned.app.config, planned.app.registry
     selector = placement_selector()
+    control_args = (registry, config.gateway.files, config.gateway.batches, config.scheduling, config.internal_tls)
     # There must be one directory at a time: the old one ends first, and gateways keep the replicas that they know.
     directory = _deployment(
         ControlPlane,
         DIRECTORY_NAME,
-        version_of(config.version, registry, config.gateway.files, config.scheduling, config.internal_tls),
+        version_of(config.version, *control_args),
         num_cpus=CONTROL_CPUS,
         selector=selector,
-    ).bind(registry, config.gateway, config.scheduling, config.internal_tls)
+    ).bind(*control_args)
     engines = [_engine_application(engine, planned, directory, selector) for engine in planned.engines]
     constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
     more_args = (config.router, fingerprint(settings().admin_token))

@@ -11,7 +11,8 @@ import ray
 
 from tandem.apps.cluster_view import ServePendingReplicas, capacity
 from tandem.cluster.local import Cluster
-from tandem.config import GatewayConfig, SchedulingConfig
+from tandem.config import FilesConfig, SchedulingConfig
+from tandem.config.serving.batches import BatchesConfig
 from tandem.errors import ClusterError, TandemError, UnknownJobError
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
@@ -24,6 +25,7 @@ from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.dispatch.scheduler import Scheduler
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
+from tandem.jobs.folder_jobs import RUNNER as FOLDER_JOBS
 from tandem.jobs.runners.ray import RayRunner
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.store import JobStore
@@ -44,12 +46,20 @@ class ControlPlane(Directory):
     """The directory, and in a thread the dispatcher of jobs. Of several apps on one database, one dispatches."""
 
     def __init__(
-        self, registry: RegistryAddress, gateway: GatewayConfig, scheduling: SchedulingConfig, tls: bool = True
+        self,
+        registry: RegistryAddress,
+        files: FilesConfig,
+        batches: BatchesConfig,
+        scheduling: SchedulingConfig,
+        tls: bool = True,
     ) -> None:
         super().__init__(None, registry, None, tls)
         self._stop = threading.Event()
         threading.Thread(
-            target=dispatch_jobs, args=(registry, gateway, scheduling, self._stop), name="dispatcher", daemon=True
+            target=dispatch_jobs,
+            args=(registry, files, batches, scheduling, self._stop),
+            name="dispatcher",
+            daemon=True,
         ).start()
 
     async def close(self) -> None:
@@ -59,24 +69,28 @@ class ControlPlane(Directory):
 
 
 def dispatch_jobs(
-    registry: RegistryAddress, gateway: GatewayConfig, scheduling: SchedulingConfig, stop: threading.Event
+    registry: RegistryAddress,
+    files_config: FilesConfig,
+    batches: BatchesConfig,
+    scheduling: SchedulingConfig,
+    stop: threading.Event,
 ) -> None:
     """Dispatch the jobs in a registry's database until `stop` is set."""
     if stop.wait(START_AFTER_S):
         return
     store, files = JobStore.at(registry), FileStore.at(registry)
-    contents = ContentStore.open(registry.identity, gateway.files.location)
+    contents = ContentStore.open(registry.identity, files_config.location)
     client = functools.partial(job_client, registry)
     runners: dict[str, Runner] = {
-        "ray": RayRunner(client),
-        FINE_TUNING: FineTuningRunner(client, files, contents, gateway.files.tenant_bytes),
+        FOLDER_JOBS: RayRunner(client),
+        FINE_TUNING: FineTuningRunner(client, files, contents, files_config.tenant_bytes),
         BATCHES: BatchRunner(
             store,
             ItemQueue.at(registry),
             files,
             contents,
-            tenant_bytes=gateway.files.tenant_bytes,
-            max_attempts=gateway.batches.max_attempts,
+            tenant_bytes=files_config.tenant_bytes,
+            max_attempts=batches.max_attempts,
         ),
     }
     pending = ServePendingReplicas(scheduling.serving_level)
@@ -132,5 +146,11 @@ def job_client(registry: RegistryAddress) -> JobClient:
         url = get_address_for_submission_client(address)
     except Exception as error:  # Ray raises many kinds here
         raise ClusterError(f"The dashboard of the cluster at {address} is not known: {error}") from error
+    return _client_at(url, address, registry)
+
+
+@functools.lru_cache(maxsize=1)
+def _client_at(url: str, address: str, registry: RegistryAddress) -> JobClient:
+    """Kept: a new client asks the dashboard for its version first, and runners need one for each look at a job."""
     # Every node of an app has Tandem at the same path.
     return JobClient(Cluster(dashboard_url=url, address=address, local=True), registry)

@@ -129,6 +129,21 @@ def test_other_resources_than_cpus_and_gpus_are_reserved_by_their_names(registry
         ServedModelConfig(model="x", resources_per_replica={"gpu": 1.0})
 
 
+def test_what_the_dispatcher_reads_of_the_config_decides_whether_it_is_replaced(
+    registry: Registry, tmp_path: Path
+) -> None:
+    served = config(ServedModelConfig(model=str(model(tmp_path / "one"))))
+
+    def version(gateway: dict[str, Any]) -> str:
+        app = build_app(from_dict(ServeConfig, to_dict(served) | {"gateway": gateway}), check=False)
+        directory = app._bound_deployment.init_args[0]
+        return str(directory._bound_deployment._version)
+
+    assert version({}) == version({"cors_origins": ["http://a.test"]})
+    assert version({}) != version({"batches": {"max_attempts": 5}})
+    assert version({}) != version({"files": {"tenant_bytes": 5 * 10**9}})
+
+
 def test_a_model_of_the_hub_is_served_by_its_name_there(registry: Registry, hub: FakeHub, tmp_path: Path) -> None:
     folder = model(tmp_path / "tiny")
     hub.model("org/tiny", {p.name: p.read_bytes() for p in folder.iterdir()})
