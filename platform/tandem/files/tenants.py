@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import FileTenantRow
 from tandem.errors import FileQuotaError
 
@@ -17,9 +15,7 @@ def take_bytes(session: Session, tenant: str, size_bytes: int, quota_bytes: int)
 
     The row stays locked until the transaction ends, so that two uploads cannot share the last bytes.
     """
-    name = session.get_bind().dialect.name
-    insert: Any = postgresql.insert if name == "postgresql" else sqlite.insert
-    session.execute(insert(FileTenantRow).values(tenant=tenant, bytes=0).on_conflict_do_nothing())
+    session.execute(insert_into(session, FileTenantRow).values(tenant=tenant, bytes=0).on_conflict_do_nothing())
     taken = session.execute(
         update(FileTenantRow)
         .where(FileTenantRow.tenant == tenant, FileTenantRow.bytes + size_bytes <= quota_bytes)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from sqlalchemy import ColumnElement, Select, delete, func, literal, or_, select, tuple_, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import StoredAnswerRow, StoredTenantRow
 from tandem.registry.connection import RegistryConnection
 from tandem.stored.content import unpack
@@ -28,9 +27,9 @@ class StoredAnswers(RegistryConnection):
         now = datetime.now(UTC)
         with self._adding() as session:
             # The tenant's row is locked first, so that answers of one tenant follow one another.
-            name = session.get_bind().dialect.name
-            insert: Any = postgresql.insert if name == "postgresql" else sqlite.insert
-            session.execute(insert(StoredTenantRow).values(tenant=new.tenant, bytes=0).on_conflict_do_nothing())
+            session.execute(
+                insert_into(session, StoredTenantRow).values(tenant=new.tenant, bytes=0).on_conflict_do_nothing()
+            )
             taken = session.execute(
                 update(StoredTenantRow)
                 .where(StoredTenantRow.tenant == new.tenant, StoredTenantRow.bytes + len(new.content) <= tenant_bytes)

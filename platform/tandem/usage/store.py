@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import ApiKeyRow, UsageRow, UsageWriterRow
 from tandem.errors import ConfigError, did_you_mean
 from tandem.registry.connection import RegistryConnection
@@ -38,13 +38,12 @@ class UsageStore(RegistryConnection):
         with self._adding() as session:
             if not self._claim(session, writer, sequence):
                 return False
-            insert: Any = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
             # In one order: two writers that add to the same rows cannot wait for each other.
             rows = [
                 {"hour": key.hour, **key.labels._asdict(), **counts._asdict()} for key, counts in sorted(batch.items())
             ]
             for start in range(0, len(rows), ROWS_OF_STATEMENT):
-                statement = insert(UsageRow).values(rows[start : start + ROWS_OF_STATEMENT])
+                statement = insert_into(session, UsageRow).values(rows[start : start + ROWS_OF_STATEMENT])
                 sums = {name: getattr(UsageRow, name) + statement.excluded[name] for name in COUNTS}
                 session.execute(
                     statement.on_conflict_do_update(index_elements=list(UsageRow.__table__.primary_key), set_=sums)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,7 +11,6 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from tandem.auth.principal import Principal, Role
-from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.usage import TokenCounts
 from tandem.errors import (
@@ -28,6 +26,7 @@ from tandem.files.content import ContentStore, remove_content
 from tandem.files.records import Purpose
 from tandem.files.uploads import UploadStore
 from tandem.gateway.accounting.account import Accounting
+from tandem.gateway.database import ask_database
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.files.intake import in_thread
 from tandem.gateway.files.upkeep import Upkeep
@@ -40,8 +39,6 @@ T = TypeVar("T")
 STORAGE_THREADS, DATABASE_THREADS, JOIN_THREADS = 4, 4, 2
 """Threads that write and read contents, that ask the database, and that join parts. The work of all but the last is short, so few
 serve many clients."""
-DATABASE_S = 30.0
-"""Seconds that the database may take; then the client gets 503."""
 DELETING_ROLE = Role.TRAINER
 """Role that makes and deletes files for training."""
 
@@ -75,16 +72,9 @@ class FileService:
         self.store.close()
 
     async def ask(self, work: Callable[..., T], *args: object, **options: object) -> T:
-        """Ask the database in a thread; its errors as ApiErrors, 503 if it does not answer in `DATABASE_S`."""
+        """Ask the database in a thread; its errors as ApiErrors, 503 if it does not answer in time."""
         with self.api_errors():
-            call = functools.partial(work, *args, **options)
-            try:
-                async with asyncio.timeout(DATABASE_S):
-                    return await asyncio.get_running_loop().run_in_executor(self._database_threads, call)
-            except TimeoutError:
-                raise no_registry(
-                    f"The database did not answer within {DATABASE_S:g} s", self.config.retry_after_s
-                ) from None
+            return await ask_database(self._database_threads, self.config.retry_after_s, work, *args, **options)
 
     async def store_content(self, work: Callable[..., T], *args: object, **options: object) -> T:
         """Read or write contents in a thread; errors as ApiErrors."""
@@ -134,11 +124,6 @@ class FileService:
         finally:
             account.close(reached_engine=False)
             self._accounting.usage.add(labels, UsageCounts(requests=1))
-
-
-def tenant_of(principal: Principal) -> str:
-    """The tenant whose files a caller sees, which is its own for admins too; without a key the default one."""
-    return principal.tenant or DEFAULT_TENANT
 
 
 def check_purpose(principal: Principal, purpose: Purpose) -> None:

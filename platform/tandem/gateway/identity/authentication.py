@@ -16,6 +16,7 @@ from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.oidc import KeysUnavailableError, TokenError, Tokens, is_token
 from tandem.auth.principal import ANONYMOUS, Principal, Role
+from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.gateway.accounting.access_log import add_log_fields
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, path_below
@@ -155,6 +156,11 @@ def principal_of(scope: Scope) -> Principal:
     principal = scope[PRINCIPAL]
     assert isinstance(principal, Principal)
     return principal
+
+
+def tenant_of(principal: Principal) -> str:
+    """The tenant that a caller's files, answers and jobs belong to, its own for admins too; without a key the default one."""
+    return principal.tenant or DEFAULT_TENANT
 
 
 def check_admin(principal: Principal) -> None:

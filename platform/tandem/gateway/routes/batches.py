@@ -9,8 +9,9 @@ from starlette.routing import BaseRoute, Route
 from tandem.api.openai.batches import BatchCreation
 from tandem.config.serving.batches import BatchesConfig
 from tandem.gateway.errors import ApiError
-from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.work.calls import WorkCalls, once_of, page_limit, read_model, tenant_of
+from tandem.gateway.identity.authentication import principal_of, tenant_of
+from tandem.gateway.requests.query import page_limit
+from tandem.gateway.work.calls import WorkCalls, once_of, read_model
 from tandem.jobs.batches.service import BatchService
 
 PATH = "/v1/batches"

@@ -11,10 +11,11 @@ from starlette.routing import BaseRoute, Route
 
 from tandem.api.openai.fine_tuning import Metadata
 from tandem.gateway.errors import ApiError
-from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.stored.pages import cut_page, item_page, metadata_filter, order_of
+from tandem.gateway.identity.authentication import principal_of, tenant_of
+from tandem.gateway.requests.query import order_of, page_limit
+from tandem.gateway.stored.pages import cut_page, item_page, metadata_filter
 from tandem.gateway.stored.service import StoredAnswerService
-from tandem.gateway.work.calls import page_limit, read_model, tenant_of
+from tandem.gateway.work.calls import read_model
 from tandem.stored.conversation import listed_messages
 from tandem.stored.records import AnswerKind, StoredAnswer
 

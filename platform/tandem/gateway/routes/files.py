@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -18,14 +17,13 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.files.answers import json_response, page_json, to_file
 from tandem.gateway.files.download import content_response
 from tandem.gateway.files.intake import ClientLeftError, announced_bytes, discard_body, receive_form
-from tandem.gateway.files.service import FileService, check_purpose, tenant_of
-from tandem.gateway.identity.authentication import principal_of
+from tandem.gateway.files.service import FileService, check_purpose
+from tandem.gateway.identity.authentication import principal_of, tenant_of
 from tandem.gateway.requests.multipart import FRAME_BYTES, Form
+from tandem.gateway.requests.query import order_of, page_limit
 from tandem.gateway.routes.conditions import condition_of
-from tandem.gateway.routes.management import invalid_value_error
-from tandem.gateway.routes.openai import int_parameter
+from tandem.gateway.routes.management import validated
 
-M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", FileRecord, PartRecord)
 
 PATH = "/v1/files"
@@ -109,10 +107,8 @@ class FileRoutes:
     async def list_files(self, request: Request) -> Response:
         """The files of the caller's tenant, newest first (`order=asc`: oldest), at most `limit` after the id `after`."""
         query = request.query_params
-        limit = int_parameter(request, "limit", MOST_LISTED, MOST_LISTED)
-        order, purpose = query.get("order", "desc"), query.get("purpose")
-        if order not in ("asc", "desc"):
-            raise ApiError(400, f"`order` is {order[:20]!r}; it must be asc or desc.", param="order")
+        limit = page_limit(request, MOST_LISTED, MOST_LISTED)
+        order, purpose = order_of(request, "desc"), query.get("purpose")
         if purpose is not None and purpose not in list(Purpose):
             hint = did_you_mean(purpose, list(Purpose))
             raise ApiError(400, f"There is no purpose {purpose[:40]!r}.{hint}", param="purpose")
@@ -186,16 +182,6 @@ def read_form(form: Form) -> FileForm:
     if not form.file_bytes:
         raise ApiError(400, "The file is empty.", code="empty_file", param="file")
     return options
-
-
-def validated(model: type[M], values: dict[str, Any]) -> M:
-    """The values as a model; ApiError 400 for the first that does not fit."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problem = dict(error.errors()[0])
-        problem["loc"] = ("body", *error.errors()[0]["loc"])
-        raise invalid_value_error(problem, model) from None
 
 
 def checked_filename(name: str, param: str) -> str:

@@ -18,9 +18,10 @@ from tandem.api.openai.fine_tuning import (
 )
 from tandem.config.serving.fine_tuning import FineTuningConfig
 from tandem.gateway.errors import ApiError
-from tandem.gateway.identity.authentication import principal_of
+from tandem.gateway.identity.authentication import principal_of, tenant_of
 from tandem.gateway.models.catalog import Catalog
-from tandem.gateway.work.calls import WorkCalls, check_trainer, once_of, page_limit, read_model, tenant_of
+from tandem.gateway.requests.query import metadata_pairs, page_limit
+from tandem.gateway.work.calls import WorkCalls, check_trainer, once_of, read_model
 from tandem.jobs.fine_tuning.service import Base, FineTuningService
 from tandem.jobs.work.states import Action
 
@@ -105,18 +106,12 @@ class FineTuningRoutes:
 
     async def list_jobs(self, request: Request) -> Response:
         """Jobs of the caller's tenant, newest first; `metadata[KEY]=VALUE` keeps those that have the pair."""
-        query = request.query_params
-        metadata = {
-            name[len("metadata[") : -1]: value
-            for name, value in query.items()
-            if name.startswith("metadata[") and name.endswith("]")
-        }
         page = await self._calls(
             self._service.page,
             tenant_of(principal_of(request.scope)),
-            after=query.get("after"),
+            after=request.query_params.get("after"),
             limit=page_limit(request, 20, 100),
-            metadata=metadata,
+            metadata=metadata_pairs(request),
         )
         return JSONResponse(page.model_dump())
 

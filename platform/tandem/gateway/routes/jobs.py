@@ -15,7 +15,8 @@ from tandem.api import jobs as wire
 from tandem.errors import did_you_mean
 from tandem.gateway.errors import ApiError
 from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.work.calls import WorkCalls, check_trainer, page_limit, query_number
+from tandem.gateway.requests.query import page_limit, query_number
+from tandem.gateway.work.calls import WorkCalls, check_trainer
 from tandem.gateway.work.streams import LineStream, wants_lines, wants_stream
 from tandem.jobs.tracking.service import JobTracking
 from tandem.jobs.work.states import JobKind, State

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -41,6 +42,7 @@ from tandem.gateway.identity.client_address import client_address
 from tandem.gateway.requests.request_body import parse_body, read_body
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 PREFIX = "/admin"
 MAX_BODY_BYTES = 64 * 1024
@@ -166,6 +168,15 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     route = request.scope.get("route")
     model = getattr(getattr(route, "body_field", None), "field_info", None)
     return await answer_api_error(request, invalid_value_error(error.errors()[0], getattr(model, "annotation", None)))
+
+
+def validated(model: type[M], values: dict[str, Any]) -> M:
+    """The values as a model; ApiError 400 for the first that does not fit."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        raise invalid_value_error({**problem, "loc": ("body", *problem["loc"])}, model) from None
 
 
 def invalid_value_error(problem: dict[str, Any], model: Any) -> ApiError:

@@ -34,6 +34,7 @@ from tandem.gateway.replicas.upstream import EngineRequest
 from tandem.gateway.requests.held_bytes import HeldBody
 from tandem.gateway.requests.large_bodies import LargeBodies
 from tandem.gateway.requests.quarantine import body_digest
+from tandem.gateway.requests.query import page_limit
 from tandem.gateway.requests.request_body import parse_in_turns, read_body
 from tandem.gateway.requests.request_caps import check_caps
 from tandem.gateway.requests.request_content import check_content
@@ -89,7 +90,7 @@ class OpenAIRoutes:
 
     async def list_models(self, request: Request) -> Response:
         """The models, and at most `limit` adapters (1 to 1000) by name, after the name `after`."""
-        limit = int_parameter(request, "limit", PAGE, PAGE)
+        limit = page_limit(request, PAGE, PAGE)
         page = await self._catalog.page(principal_of(request.scope), request.query_params.get("after"), limit)
         data = [card.to_json() for card in page.cards]
         return JSONResponse({"object": "list", "data": data, "has_more": page.next is not None, "last_id": page.next})
@@ -272,14 +273,6 @@ def engine_headers(request: Request) -> dict[str, str]:
     """The request's headers that are passed to the engine."""
     headers = {key: request.headers[key] for key in ENGINE_HEADERS if key in request.headers}
     return headers | ({"x-request-id": request_id(request.scope)} if "x-request-id" in request.headers else {})
-
-
-def int_parameter(request: Request, name: str, default: int, maximum: int) -> int:
-    """A count in the query string, from 1 to `maximum`; ApiError 400 for anything else."""
-    text = request.query_params.get(name, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= maximum):
-        raise ApiError(400, f"`{name}` is {text[:20]!r}; it must be a number from 1 to {maximum}.", param=name)
-    return int(text)
 
 
 def check_values(path: str, body: dict[str, Any], raw: bytes, max_schema_chars: int) -> None:

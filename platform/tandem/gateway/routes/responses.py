@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.gateway.errors import ApiError
-from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.stored.pages import cut_page, item_page, order_of
+from tandem.gateway.identity.authentication import principal_of, tenant_of
+from tandem.gateway.requests.query import order_of, page_limit
+from tandem.gateway.stored.pages import cut_page, item_page
 from tandem.gateway.stored.service import StoredAnswerService
-from tandem.gateway.work.calls import page_limit, tenant_of
 from tandem.stored.conversation import listed_items
 from tandem.stored.records import AnswerKind, StoredAnswer
 

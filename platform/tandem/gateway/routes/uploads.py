@@ -26,11 +26,13 @@ from tandem.files.uploads import check_room
 from tandem.gateway.errors import ApiError
 from tandem.gateway.files.answers import json_response, to_part, to_upload
 from tandem.gateway.files.intake import ClientLeftError, announced_bytes, discard_body, in_thread, receive_form
-from tandem.gateway.files.service import FileService, check_purpose, tenant_of
+from tandem.gateway.files.service import FileService, check_purpose
+from tandem.gateway.identity.authentication import tenant_of
 from tandem.gateway.requests.multipart import FRAME_BYTES
 from tandem.gateway.requests.request_body import parse_body, read_body
 from tandem.gateway.routes.conditions import condition_of
-from tandem.gateway.routes.files import M, NoResponse, checked_filename, record_content, validated
+from tandem.gateway.routes.files import NoResponse, checked_filename, record_content
+from tandem.gateway.routes.management import M, validated
 
 PATH = "/v1/uploads"
 MAX_BODY_BYTES = 512 * 1024

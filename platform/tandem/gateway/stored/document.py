@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-COMPONENTS = "#/components/schemas/"
+from tandem.gateway.routes.openapi.operations import (
+    AFTER,
+    COMPONENTS,
+    Paths,
+    limit,
+    path_parameter,
+    query,
+    with_errors,
+)
+
 RESPONSE, COMPLETION = "StoredResponse", "StoredChatCompletion"
 RESPONSE_ID, COMPLETION_ID = "response_id", "completion_id"
 
@@ -27,15 +37,15 @@ def stored_schemas() -> dict[str, Any]:
     }
 
 
-def add_stored_paths(paths: dict[str, Any], errors: dict[str, Any]) -> None:
+def add_stored_paths(paths: Paths, errors: Mapping[str, Any]) -> None:
     """Add the paths to those of a document; `errors`: the answers with an error that each operation has."""
-    response, completion = _path_parameter(RESPONSE_ID), _path_parameter(COMPLETION_ID)
+    response, completion = path_parameter(RESPONSE_ID), path_parameter(COMPLETION_ID)
     filters = [
-        _query("model", {"type": "string"}),
-        {**_query("metadata", {"type": "object", "additionalProperties": {"type": "string"}}), "style": "deepObject"},
+        query("model", {"type": "string"}),
+        {**query("metadata", {"type": "object", "additionalProperties": {"type": "string"}}), "style": "deepObject"},
     ]
     body = {"content": {"application/json": {"schema": _ref("MetadataChange")}}, "required": True}
-    added: dict[str, dict[str, Any]] = {
+    added: Paths = {
         f"/v1/responses/{{{RESPONSE_ID}}}": {
             "get": _operation("retrieve_response", RESPONSE, [response]),
             "delete": _operation("delete_response", "DeletedResponse", [response]),
@@ -55,9 +65,7 @@ def add_stored_paths(paths: dict[str, Any], errors: dict[str, Any]) -> None:
             "get": _operation("list_chat_completion_messages", "ItemPage", [completion, *_page_parameters("asc")])
         },
     }
-    for path, operations in added.items():
-        for operation in operations.values():
-            operation["responses"] |= errors
+    for path, operations in with_errors(added, errors).items():
         paths[path] = paths.get(path, {}) | operations
 
 
@@ -96,20 +104,8 @@ def _operation(name: str, answer: str, parameters: list[dict[str, Any]]) -> dict
 
 
 def _page_parameters(order: str) -> list[dict[str, Any]]:
-    return [
-        _query("after", {"type": "string"}),
-        _query("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}),
-        _query("order", {"enum": ["asc", "desc"], "default": order}),
-    ]
+    return [AFTER, limit(20, 100), query("order", {"enum": ["asc", "desc"], "default": order})]
 
 
 def _ref(name: str) -> dict[str, str]:
     return {"$ref": COMPONENTS + name}
-
-
-def _path_parameter(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-
-
-def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "schema": schema}

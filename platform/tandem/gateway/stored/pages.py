@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 
 from tandem.gateway.errors import ApiError
+from tandem.gateway.requests.query import metadata_pairs
 
 
 def item_page(items: Sequence[Mapping[str, Any]], has_more: bool) -> dict[str, Any]:
@@ -33,23 +34,9 @@ def cut_page(
     return items[start : start + limit], len(items) > start + limit
 
 
-def order_of(request: Request, default: str) -> str:
-    """`order` of the query, asc or desc; ApiError 400 for another word."""
-    order = request.query_params.get("order", default)
-    if order not in ("asc", "desc"):
-        raise ApiError(400, f"`order` is {order[:20]!r}; it must be asc or desc.", param="order")
-    return order
-
-
 def metadata_filter(request: Request) -> dict[str, str]:
     """The metadata that a list is filtered by: `metadata[KEY]=VALUE` in the query."""
-    wanted = {}
-    for name, value in request.query_params.multi_items():
-        if name.startswith("metadata[") and name.endswith("]"):
-            key = name[len("metadata[") : -1]
-            if '"' in key or "\\" in key:
-                raise ApiError(
-                    400, "A list cannot be filtered by a key with a quote or backslash in it.", param="metadata"
-                )
-            wanted[key] = value
+    wanted = metadata_pairs(request)
+    if any('"' in key or "\\" in key for key in wanted):
+        raise ApiError(400, "A list cannot be filtered by a key with a quote or backslash in it.", param="metadata")
     return wanted

@@ -13,9 +13,10 @@ from tandem.api.openai.fine_tuning import METADATA_KEY, METADATA_PAIRS, METADATA
 from tandem.auth.principal import Principal
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.errors import ApiError
-from tandem.gateway.stored.recorder import Recorder
+from tandem.gateway.identity.authentication import tenant_of
+from tandem.gateway.stored.recorder import LONGEST_ID, Recorder
 from tandem.gateway.stored.recording import AnswerLabels, Recording
-from tandem.gateway.work.calls import WorkCalls, tenant_of
+from tandem.gateway.work.calls import WorkCalls
 from tandem.registry import RegistryAddress
 from tandem.stored.conversation import continued_input
 from tandem.stored.records import AnswerKind, Chain, StoredAnswer
@@ -25,7 +26,6 @@ T = TypeVar("T")
 
 KINDS = {"/v1/responses": AnswerKind.RESPONSE, "/v1/chat/completions": AnswerKind.CHAT}
 """Routes whose answers can be stored."""
-LONGEST_ID = 128
 RECENT_S = 1.0
 """Seconds for which an answer is waited for that may have been given just now: it is written after its client has it."""
 FIRST_POLL_S, LONGEST_POLL_S = 0.02, 0.16

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from tandem.auth.principal import Principal, Role
-from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.errors import (
     ClusterError,
     ConfigError,
@@ -28,18 +24,16 @@ from tandem.errors import (
     UnknownJobError,
     UnknownLogError,
 )
+from tandem.gateway.database import ask_database
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.identity.authentication import principal_of
 from tandem.gateway.requests.request_body import parse_body, read_body
 from tandem.gateway.routes.conditions import idempotency_key_of
-from tandem.gateway.routes.management import invalid_value_error
+from tandem.gateway.routes.management import M, validated
 
 T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
 
 THREADS = 4
-ANSWER_S = 30.0
-"""Seconds that the database may take; then the client gets 503."""
 MAX_BODY_BYTES = 64 * 1024
 UPLOAD_TIMEOUT_S = 30.0
 
@@ -57,14 +51,9 @@ class WorkCalls:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, work: Callable[..., T], *args: object, **options: object) -> T:
-        """Blocking work; its errors as ApiErrors, 503 if it does not end within `ANSWER_S`."""
-        call = functools.partial(work, *args, **options)
+        """Blocking work; its errors as ApiErrors, 503 if it does not end in time."""
         with self._api_errors():
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-            except TimeoutError:
-                raise no_registry(f"The database did not answer within {ANSWER_S:g} s", self._retry_after_s) from None
+            return await ask_database(self._threads, self._retry_after_s, work, *args, **options)
 
     @contextlib.contextmanager
     def _api_errors(self) -> Iterator[None]:
@@ -93,17 +82,7 @@ class WorkCalls:
 
 async def read_model(request: Request, model: type[M]) -> M:
     """The body of a request as a wire model; ApiError 400 that names the first field which does not fit."""
-    body = parse_body(await read_body(request, MAX_BODY_BYTES, UPLOAD_TIMEOUT_S))
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        problem: dict[str, Any] = {**error.errors(include_url=False, include_context=False)[0]}
-        raise invalid_value_error({**problem, "loc": ("body", *problem["loc"])}, model) from None
-
-
-def tenant_of(principal: Principal) -> str:
-    """The tenant that a caller's jobs belong to; without a key the default one."""
-    return principal.tenant or DEFAULT_TENANT
+    return validated(model, parse_body(await read_body(request, MAX_BODY_BYTES, UPLOAD_TIMEOUT_S)))
 
 
 def check_trainer(principal: Principal) -> None:
@@ -120,20 +99,3 @@ def once_of(request: Request) -> str | None:
     """The idempotency key of a request, which counts for its caller and path; None without one."""
     key = idempotency_key_of(request)
     return None if key is None else "\0".join((principal_of(request.scope).key_id, request.url.path, key))
-
-
-def page_limit(request: Request, default: int, most: int) -> int:
-    """`limit` of a list; ApiError 400 for one that is not from 1 to `most`."""
-    found = query_number(request, "limit", 1, most)
-    return default if found is None else found
-
-
-def query_number(request: Request, name: str, least: int, most: int) -> int | None:
-    """A number in the query, None where it is not there; ApiError 400 for one that is not from `least` to `most`."""
-    text = request.query_params.get(name)
-    if text is None:
-        return None
-    # int() takes no text of thousands of digits.
-    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
-        raise ApiError(400, f"`{name}` must be a number from {least} to {most}.", param=name)
-    return int(text)

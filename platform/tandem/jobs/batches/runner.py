@@ -24,9 +24,8 @@ from tandem.ids import fingerprint
 from tandem.jobs.batches.answers import AnswerPlace, Ended, SegmentReader, lines_of
 from tandem.jobs.batches.stored import answers_folder, items_of
 from tandem.jobs.dispatch.runner import RunState, RunStatus
-from tandem.jobs.runners.ray import job_id_of
 from tandem.jobs.work.queue import ItemQueue
-from tandem.jobs.work.records import Item, Job
+from tandem.jobs.work.records import Item, Job, split_run_name
 from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
 from tandem.registry.conditions import Condition
@@ -91,7 +90,7 @@ class BatchRunner:
     def state(self, handle: str) -> RunStatus | None:
         """See `Runner`. A run of a process that died goes on here."""
         if handle not in self._runs:
-            self.start(self._store.get(job_id_of(handle)))
+            self.start(self._store.get(split_run_name(handle)[0]))
         run = self._runs[handle]
         if run.status.state is not RunState.RUNNING:
             self._runs.pop(handle, None)

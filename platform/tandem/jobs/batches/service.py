@@ -12,9 +12,10 @@ from tandem.files.records import FileRecord, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.batches.stored import RUNNER, TYPE
 from tandem.jobs.batches.view import PREFIX, batch_to_wire
+from tandem.jobs.file_jobs import submit_with_files
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import Job, JobSubmission, Resources
-from tandem.jobs.work.states import JobKind, State
+from tandem.jobs.work.states import REQUESTED, JobKind, State
 from tandem.jobs.work.store import JobStore
 
 NOT_ENDED = tuple(state for state in State if not state.ended)
@@ -35,37 +36,27 @@ class BatchService:
         """Create a batch. FileError for a file that is none of a batch, JobError where the tenant has too many batches."""
         self._check_active(tenant)
         file = self._file(creation.input_file_id, tenant)
-        job_id = f"{PREFIX}{secrets.token_hex(16)}"
-        self._files.hold(file.id, tenant, job_id)
-        try:
-            submitted = self._store.submit(
-                JobSubmission(
-                    kind=JobKind.BATCH,
-                    id=job_id,
-                    name=f"batch of {file.filename}"[:96],
-                    spec={
-                        "type": TYPE,
-                        "endpoint": creation.endpoint,
-                        "input_file_id": file.id,
-                        "location": file.location,
-                        "metadata": creation.metadata,
-                        "output_lifetime_s": creation.output_expires_after and creation.output_expires_after.seconds,
-                    },
-                    tenant=tenant,
-                    key_id=key_id,
-                    runner=RUNNER,
-                    idempotency_key=idempotency_key,
-                    # Its requests use the engines that serve.
-                    resources=Resources(cpus_per_worker=0.0),
-                    deadline=self._store.now() + timedelta(seconds=wire.WINDOW_S),
-                )
-            )
-        except BaseException:
-            self._files.release(job_id)
-            raise
-        if not submitted.is_new:
-            self._files.release(job_id)
-        return self._to_wire(submitted.job)
+        submission = JobSubmission(
+            kind=JobKind.BATCH,
+            id=f"{PREFIX}{secrets.token_hex(16)}",
+            name=f"batch of {file.filename}"[:96],
+            spec={
+                "type": TYPE,
+                "endpoint": creation.endpoint,
+                "input_file_id": file.id,
+                "location": file.location,
+                "metadata": creation.metadata,
+                "output_lifetime_s": creation.output_expires_after and creation.output_expires_after.seconds,
+            },
+            tenant=tenant,
+            key_id=key_id,
+            runner=RUNNER,
+            idempotency_key=idempotency_key,
+            # Its requests use the engines that serve.
+            resources=Resources(cpus_per_worker=0.0),
+            deadline=self._store.now() + timedelta(seconds=wire.WINDOW_S),
+        )
+        return self._to_wire(submit_with_files(self._store, self._files, submission, [file]))
 
     def get(self, batch_id: str, tenant: str | None) -> wire.Batch:
         """One batch; UnknownJobError if the tenant has none of that id."""
@@ -85,7 +76,7 @@ class BatchService:
     def cancel(self, batch_id: str, tenant: str | None) -> wire.Batch:
         """Send no more requests of a batch; what is answered by then is in its output."""
         self._find(batch_id, tenant)
-        return self._to_wire(self._store.cancel(batch_id, reason="requested by a client"))
+        return self._to_wire(self._store.cancel(batch_id, reason=REQUESTED))
 
     def _find(self, batch_id: str, tenant: str | None) -> Job:
         job = self._store.get(batch_id, tenant=tenant)

@@ -6,8 +6,6 @@ A job's `spec` may have `scheduling` (`config.scheduling.JobSchedulingConfig`), 
 
 from __future__ import annotations
 
-from datetime import datetime
-
 from tandem.config import JobSchedulingConfig, SchedulingConfig, from_dict
 from tandem.errors import ConfigError
 from tandem.jobs.dispatch.history import RunHistory
@@ -39,7 +37,7 @@ def request_of(job: Job, history: RunHistory, config: SchedulingConfig) -> recor
             workers_per_node=int(job.spec.get("workers_per_node") or 1),
             # The store's numbers are lower for more urgent jobs.
             priority=config.level(asked.priority) - job.priority,
-            submitted_s=_seconds(job.created_at),
+            submitted_s=job.created_at.timestamp(),
             time_limit_s=None if asked.time_limit is None else config.time_limit_s(asked.time_limit),
             preemptible=asked.preemptible and _can_be_preempted(job.kind),
             checkpoint_cost_s=CHECKPOINT_S if _has_checkpoints(job.kind) else None,
@@ -57,7 +55,3 @@ def _can_be_preempted(kind: JobKind) -> bool:
 def _has_checkpoints(kind: JobKind) -> bool:
     """Kinds without checkpoints cannot be paused."""
     return (State.RUNNING, Action.PAUSE) in TRANSITIONS[kind]
-
-
-def _seconds(time: datetime) -> float:
-    return time.timestamp()

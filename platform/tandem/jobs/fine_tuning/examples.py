@@ -32,7 +32,7 @@ class Sizes:
 
 
 def build_examples(location: str, file_id: str, target: Path, *, tokenizer: Path, method: Method) -> DatasetIndex:
-    """Build the dataset of a file; the one that is there already if it is whole.
+    """Build the dataset of a file in the folder `target`; one that is there already is replaced.
 
     DataError names the file by its id and the line, and a file of another method's format.
     """

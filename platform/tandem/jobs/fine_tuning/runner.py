@@ -15,8 +15,8 @@ from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.fine_tuning.folder import FineTuningFolder
 from tandem.jobs.fine_tuning.reports import results_csv
 from tandem.jobs.fine_tuning.stored import create_folder
-from tandem.jobs.runners.ray import RayRunner, job_id_of
-from tandem.jobs.work.records import Job
+from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.work.records import Job, split_run_name
 from tandem.jobs.work.states import JobKind
 from tandem.registry.conditions import Condition
 from tandem.settings import settings
@@ -45,7 +45,7 @@ class FineTuningRunner(RayRunner):
         if status is None or status.state is not RunState.FINISHED:
             return status
         return replace(
-            status, result={**(status.result or {}), "result_files": [self._results_file(job_id_of(handle))]}
+            status, result={**(status.result or {}), "result_files": [self._results_file(split_run_name(handle)[0])]}
         )
 
     def _results_file(self, job_id: str) -> str:

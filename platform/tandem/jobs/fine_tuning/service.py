@@ -13,11 +13,12 @@ from tandem.config.serving.fine_tuning import FineTuningConfig
 from tandem.errors import FileError, JobError, UnknownFileError, UnknownJobError
 from tandem.files.records import FileRecord, FileStatus, Purpose
 from tandem.files.store import FileStore
+from tandem.jobs.file_jobs import submit_with_files
 from tandem.jobs.fine_tuning.reports import checkpoints
 from tandem.jobs.fine_tuning.stored import RUNNER, TYPE, hyperparameters_of, is_fine_tuning
 from tandem.jobs.fine_tuning.view import PREFIX, checkpoint_to_wire, events_to_wire, job_to_wire
 from tandem.jobs.work.records import Job, JobSubmission, Resources
-from tandem.jobs.work.states import Action, JobKind
+from tandem.jobs.work.states import REQUESTED, Action, JobKind
 from tandem.jobs.work.store import JobStore
 from tandem.observability.events import Event
 from tandem.observability.journal import Journal
@@ -65,30 +66,18 @@ class FineTuningService:
             )
             if file_id is not None
         }
-        job_id = f"{PREFIX}{secrets.token_hex(8)}"
-        # Before the job is there: a file that is deleted meanwhile would be missed by it.
-        for file in files.values():
-            self._files.hold(file.id, tenant, job_id)
-        try:
-            submitted = self._store.submit(
-                JobSubmission(
-                    kind=JobKind.TRAIN,
-                    id=job_id,
-                    name=f"fine-tune {base.name}"[:96],
-                    spec=self._spec(creation, base, files),
-                    tenant=tenant,
-                    key_id=key_id,
-                    runner=RUNNER,
-                    idempotency_key=idempotency_key,
-                    resources=self._resources(),
-                )
-            )
-        except BaseException:
-            self._files.release(job_id)
-            raise
-        if not submitted.is_new:
-            self._files.release(job_id)
-        return self._to_wire(submitted.job)
+        submission = JobSubmission(
+            kind=JobKind.TRAIN,
+            id=f"{PREFIX}{secrets.token_hex(8)}",
+            name=f"fine-tune {base.name}"[:96],
+            spec=self._spec(creation, base, files),
+            tenant=tenant,
+            key_id=key_id,
+            runner=RUNNER,
+            idempotency_key=idempotency_key,
+            resources=self._resources(),
+        )
+        return self._to_wire(submit_with_files(self._store, self._files, submission, files.values()))
 
     def get(self, job_id: str, tenant: str | None) -> wire.FineTuningJob:
         """One job; UnknownJobError if the tenant has none of that id."""
@@ -112,12 +101,7 @@ class FineTuningService:
     def change(self, job_id: str, tenant: str | None, action: Action) -> wire.FineTuningJob:
         """Cancel, pause or resume a job; IllegalTransitionError where its state does not allow that."""
         self._find(job_id, tenant)
-        requests = {
-            Action.CANCEL: self._store.cancel,
-            Action.PAUSE: self._store.pause,
-            Action.RESUME: self._store.resume,
-        }
-        return self._to_wire(requests[action](job_id, reason="requested by a client"))
+        return self._to_wire(self._store.change(job_id, action, reason=REQUESTED))
 
     def events(self, job_id: str, tenant: str | None) -> list[wire.FineTuningEvent]:
         """All events of a job so far, oldest first."""

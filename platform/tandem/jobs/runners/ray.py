@@ -16,7 +16,7 @@ from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import SweepFolder
 from tandem.jobs.tracking.logs import keep_log
-from tandem.jobs.work.records import Job
+from tandem.jobs.work.records import Job, split_run_name
 from tandem.jobs.work.states import JobKind
 from tandem.observability import codec
 from tandem.observability.events import Failed
@@ -55,7 +55,7 @@ class RayRunner:
     def state(self, handle: str) -> RunStatus | None:
         """See `Runner`."""
         client = self._client()
-        folder = self._folder(job_id_of(handle))
+        folder = self._folder(split_run_name(handle)[0])
         match client.known_state(handle):
             case None | JobState.NEW:
                 return None
@@ -93,15 +93,10 @@ class RayRunner:
 
 def _keep_log(client: JobClient, folder: Folder, handle: str) -> None:
     """Copy the log of an attempt that has ended into the job's folder. The end counts without it."""
-    attempt = handle.rpartition(".")[2]
+    attempt = split_run_name(handle)[1]
     if not attempt.isdecimal():
         return
     try:
         keep_log(folder.path, int(attempt), lambda: client.log_lines(handle))
     except TandemError as error:
         log.warning("The log of %s was not kept: %s", handle, error)
-
-
-def job_id_of(handle: str) -> str:
-    """The job of an attempt."""
-    return handle.rpartition(".")[0]

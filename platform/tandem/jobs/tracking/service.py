@@ -12,7 +12,7 @@ from tandem.jobs.tracking.metrics import series_of
 from tandem.jobs.tracking.positions import BEGINNING, Position
 from tandem.jobs.tracking.queue_state import QueueState
 from tandem.jobs.tracking.view import job_to_wire
-from tandem.jobs.work.states import JobKind, State
+from tandem.jobs.work.states import REQUESTED, Action, JobKind, State
 from tandem.jobs.work.store import JobStore
 
 
@@ -51,15 +51,7 @@ class JobTracking:
     def change(self, job_id: str, tenant: str | None, action: wire.JobAction) -> wire.TandemJob:
         """Request a change; IllegalTransitionError where kind and state of the job do not allow it."""
         self._store.get(job_id, tenant=tenant)
-        requests = {
-            "cancel": self._store.cancel,
-            "pause": self._store.pause,
-            "resume": self._store.resume,
-            "requeue": self._store.requeue,
-            "hold": self._store.hold,
-            "release": self._store.release,
-        }
-        return job_to_wire(requests[action](job_id, reason="requested by a client"))
+        return job_to_wire(self._store.change(job_id, Action(action), reason=REQUESTED))
 
     def events(self, job_id: str, tenant: str | None, *, after: str | None, limit: int) -> wire.TandemJobEventList:
         """Events after the one with the id `after`, oldest first. JobError for an `after` that is no id."""

@@ -13,8 +13,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import delete, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import JobRow, WebhookDeliveryRow
 from tandem.jobs.webhooks.events import FAMILIES, WebhookEvent, event_id, event_type
 from tandem.jobs.work.connection import WorkConnection
@@ -77,9 +77,7 @@ class Deliveries(WorkConnection):
                 if type_ in each.events and each.tenant in (None, job.tenant)
             ]
             if rows:
-                name = session.get_bind().dialect.name
-                insert: Any = postgresql.insert if name == "postgresql" else sqlite.insert
-                session.execute(insert(WebhookDeliveryRow).on_conflict_do_nothing(), rows)
+                session.execute(insert_into(session, WebhookDeliveryRow).on_conflict_do_nothing(), rows)
             return now
 
     def claim(self, endpoints: Collection[str], limit: int) -> list[Delivery]:

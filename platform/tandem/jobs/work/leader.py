@@ -11,9 +11,9 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import LeaderRow
 from tandem.errors import LeaseLostError
 from tandem.jobs.work.connection import WorkConnection
@@ -70,6 +70,5 @@ def check_term(session: Session, term: Term) -> None:
 
 def _insert_first(session: Session, values: Mapping[str, Any]) -> bool:
     """Whether this process, and not one that tried at the same time, has made the row."""
-    dialect: Any = postgresql if session.connection().dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(LeaderRow).values(**values).on_conflict_do_nothing().returning(LeaderRow.role)
-    return session.execute(statement).first() is not None
+    statement = insert_into(session, LeaderRow).values(**values).on_conflict_do_nothing()
+    return session.execute(statement.returning(LeaderRow.role)).first() is not None

@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, or_, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import QueueItemRow
 from tandem.errors import IdempotencyConflictError, LeaseLostError, UnknownJobError
 from tandem.ids import fingerprint
@@ -180,8 +180,7 @@ class ItemQueue(WorkConnection):
 
 
 def _insert(session: Session, items: Sequence[ItemSubmission], now: datetime) -> Sequence[int]:
-    dialect: Any = postgresql if session.connection().dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(QueueItemRow).values([item_values(item, now) for item in items])
+    statement = insert_into(session, QueueItemRow).values([item_values(item, now) for item in items])
     numbers: Sequence[int] = session.scalars(statement.on_conflict_do_nothing().returning(QueueItemRow.number)).all()
     return numbers
 

@@ -102,6 +102,12 @@ class Job:
         return f"{self.id}.{self.attempt}"
 
 
+def split_run_name(name: str) -> tuple[str, str]:
+    """The id of the job and the number of the attempt in a `run_name`."""
+    job_id, _, attempt = name.rpartition(".")
+    return job_id, attempt
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PastRun:
     """The history of a job that ran before it was in the database."""

@@ -95,6 +95,9 @@ class Action(StrEnum):
     """It was told to leave, and nothing of it runs any more."""
 
 
+REQUESTED = "requested by a client"
+"""Reason of a transition that a client has asked for."""
+
 Transitions = Mapping[tuple[State, Action], State]
 
 _JOB: dict[State, dict[Action, State]] = {

@@ -28,25 +28,32 @@ class JobStore(JobSubmissions, JobRuns):
 
     # ---- requests of clients and operators ----
 
+    def change(self, job_id: str, action: Action, *, reason: str | None = None) -> Job:
+        """Apply an action to a job; IllegalTransitionError where its kind and state do not allow that. See the methods below."""
+        with self._transaction() as (session, now):
+            row = locked_job(session, job_id)
+            change_state(session, row, action, now, reason=reason)
+            return to_job(row)
+
     def cancel(self, job_id: str, *, reason: str | None = None) -> Job:
         """End a job: at once where it waits, else as soon as nothing of it runs. One that has ended stays as it is."""
-        return self._request(job_id, Action.CANCEL, reason)
+        return self.change(job_id, Action.CANCEL, reason=reason)
 
     def pause(self, job_id: str, *, reason: str | None = None) -> Job:
         """Let a job save and leave, until it is resumed; IllegalTransitionError for kinds without checkpoints."""
-        return self._request(job_id, Action.PAUSE, reason)
+        return self.change(job_id, Action.PAUSE, reason=reason)
 
     def resume(self, job_id: str, *, reason: str | None = None) -> Job:
         """Put a paused job into the queue again."""
-        return self._request(job_id, Action.RESUME, reason)
+        return self.change(job_id, Action.RESUME, reason=reason)
 
     def hold(self, job_id: str, *, reason: str | None = None) -> Job:
         """Keep a job that waits from starting."""
-        return self._request(job_id, Action.HOLD, reason)
+        return self.change(job_id, Action.HOLD, reason=reason)
 
     def release(self, job_id: str, *, reason: str | None = None) -> Job:
         """Let a held job start."""
-        return self._request(job_id, Action.RELEASE, reason)
+        return self.change(job_id, Action.RELEASE, reason=reason)
 
     def preempt(self, job_id: str, *, reason: str | None = None, workers: int | None = None) -> Job:
         """Let a job save and leave, and wait in the queue again.
@@ -63,11 +70,11 @@ class JobStore(JobSubmissions, JobRuns):
 
     def expire(self, job_id: str, *, reason: str | None = None) -> Job:
         """End a job that has used up its time: at once where it waits, else with a checkpoint, as soon as it has left."""
-        return self._request(job_id, Action.EXPIRE, reason)
+        return self.change(job_id, Action.EXPIRE, reason=reason)
 
     def requeue(self, job_id: str, *, reason: str | None = None) -> Job:
         """Run a job again that ended without success, such as a dead letter; its failures are counted anew."""
-        return self._request(job_id, Action.REQUEUE, reason)
+        return self.change(job_id, Action.REQUEUE, reason=reason)
 
     def expire_overdue(self, limit: int = 100) -> list[Job]:
         """Expire jobs whose deadline has passed, `limit` at most; those that run have to be stopped then."""
@@ -86,12 +93,6 @@ class JobStore(JobSubmissions, JobRuns):
             query = select(JobRow).where(JobRow.id.in_(reasons), JobRow.state == State.QUEUED.value)
             for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
                 row.reason = reasons[row.id]
-
-    def _request(self, job_id: str, action: Action, reason: str | None) -> Job:
-        with self._transaction() as (session, now):
-            row = locked_job(session, job_id)
-            change_state(session, row, action, now, reason=reason)
-            return to_job(row)
 
     # ---- reading ----
 

@@ -7,9 +7,9 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from tandem.db.inserts import insert_into
 from tandem.db.schema import JobRow
 from tandem.errors import IdempotencyConflictError, JobError
 from tandem.ids import fingerprint
@@ -66,9 +66,8 @@ class JobSubmissions(WorkConnection):
 
 def _insert(session: Session, values: Mapping[str, Any]) -> JobRow | None:
     """The row of a new job; None where its id, content or idempotency key is there already."""
-    dialect: Any = postgresql if session.connection().dialect.name == "postgresql" else sqlite
     # One statement: of two that insert the same job at once, the second waits, and then inserts nothing.
-    statement = dialect.insert(JobRow).values(**values).on_conflict_do_nothing()
+    statement = insert_into(session, JobRow).values(**values).on_conflict_do_nothing()
     number = session.execute(statement.returning(JobRow.number)).scalar_one_or_none()
     return None if number is None else session.get_one(JobRow, number)
 
