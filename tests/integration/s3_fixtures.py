@@ -11,6 +11,7 @@ import pytest
 def s3() -> Iterator[None]:
     """A server on loopback (moto), to which all s3:// URIs go."""
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -20,5 +21,7 @@ def s3() -> Iterator[None]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        # A client that was made before the server is not used again.
+        S3FileSystem.clear_instance_cache()
         yield
     server.stop()

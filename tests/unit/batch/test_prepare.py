@@ -361,10 +361,13 @@ def test_a_store_without_credentials_is_told_with_their_names(
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
-    # Another test's, which has credentials.
-    S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    with pytest.raises(StorageError, match=r"cannot be read: NoCredentialsError.*AWS_ACCESS_KEY_ID") as refused:
-        prepare(config(tmp_path, ROWS, **{where: "s3://tandem-nobody/x.jsonl"}))
+    # s3fs keeps one client for a process: a test before this one had credentials, and those after it have them again.
+    S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(StorageError, match=r"cannot be read: NoCredentialsError.*AWS_ACCESS_KEY_ID") as refused:
+            prepare(config(tmp_path, ROWS, **{where: "s3://tandem-nobody/x.jsonl"}))
+    finally:
+        S3FileSystem.clear_instance_cache()
     assert "\n" not in str(refused.value)
