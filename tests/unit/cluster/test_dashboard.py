@@ -60,3 +60,29 @@ def test_an_answer_that_refuses_is_not_asked_for_again(url: str) -> None:
     with pytest.raises(RuntimeError, match="no such job"):
         ask_dashboard(url, refused)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_dashboard_that_is_starting_is_asked_again(url: str, status: int) -> None:
+    answers = iter([status, status])
+
+    def request() -> str:
+        # As ray.dashboard.modules.dashboard_sdk raises it.
+        if (code := next(answers, None)) is not None:
+            text = "500 Internal Server Error\n\nServer got itself in trouble" if code == 500 else "Unavailable"
+            raise RuntimeError(f"Request failed with status code {code}: {text}.")
+        return "ready"
+
+    assert ask_dashboard(url, request) == "ready"
+
+
+def test_a_500_that_answers_the_request_is_not_asked_for_again(url: str) -> None:
+    calls = []
+
+    def failed() -> None:
+        calls.append(1)
+        raise RuntimeError("Request failed with status code 500: Traceback (most recent call last) ValueError: exists.")
+
+    with pytest.raises(RuntimeError, match="exists"):
+        ask_dashboard(url, failed)
+    assert len(calls) == 1
