@@ -100,3 +100,8 @@ def test_importing_ray_loads_none_of_the_format_checkers_of_jsonschema():
     # Every process of Ray imports jsonschema, which imports the checkers that are installed; they take 1.5 s of CPU time.
     loaded = run_python("import sys, ray; print({name for name in sys.modules if name.startswith('rfc3')} or None)")
     assert loaded == "None", "requirements/overrides.txt keeps jsonschema[format] out of the lock"
+
+
+def test_the_driver_of_a_training_job_does_not_import_what_only_its_workers_need():
+    modules = "{'torch._dynamo', 'torch.distributed.fsdp', 'transformers', 'tandem.train.run'}"
+    assert run_python(f"import sys, tandem.train.launch; print(set(sys.modules) & {modules} or None)") == "None"

@@ -93,12 +93,6 @@ def export_tensors(model: nn.Module) -> list[ExportTensor]:
     ]
 
 
-def is_complete_export(target: Path) -> bool:
-    """Whether `target` holds a complete exported model or adapter."""
-    adapter = (target / "adapter_config.json").exists() and (target / "adapter_model.safetensors").exists()
-    return adapter or ((target / "config.json").exists() and any(target.glob("*.safetensors")))
-
-
 @contextlib.contextmanager
 def _published_by_rank0(target: Path) -> Iterator[Path]:
     """A folder that all ranks write to in a `with` block, and rank 0 publishes at its end; an error is raised on all ranks."""

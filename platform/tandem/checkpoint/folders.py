@@ -287,3 +287,9 @@ def _sync(path: Path) -> None:
 
 def _errors(location: Location) -> contextlib.AbstractContextManager[None]:
     return disk_errors("writing a checkpoint", location) if isinstance(location, Path) else contextlib.nullcontext()
+
+
+def is_complete_export(target: Path) -> bool:
+    """Whether `target` holds a complete exported model or adapter."""
+    adapter = (target / "adapter_config.json").exists() and (target / "adapter_model.safetensors").exists()
+    return adapter or ((target / "config.json").exists() and any(target.glob("*.safetensors")))

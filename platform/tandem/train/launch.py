@@ -23,7 +23,6 @@ import ray
 import ray.exceptions
 
 from tandem.checkpoint import folders
-from tandem.checkpoint.export import is_complete_export
 from tandem.cluster.health.cordons import placeable_resources, total
 from tandem.cluster.shared_files import check_same_files
 from tandem.config import TrainConfig, check_elastic, load_yaml, with_at_most, with_workers, worker_counts
@@ -41,7 +40,6 @@ from tandem.registry import BaseRef, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import check_writable, disk_errors, located
-from tandem.train.parallel.deepspeed import check_deepspeed
 from tandem.train.registration import Origin, RegisteredResult, ResultRegistration, job_base, last_evaluation
 from tandem.train.reporting.metrics import metrics_of
 from tandem.train.reporting.plot import plot_run
@@ -160,7 +158,7 @@ def _finished_event(events: list[Event], job: Path) -> Finished | None:
     last_event = next(boundary_events, None)
     return (
         replace(last_event, time=None)
-        if isinstance(last_event, Finished) and is_complete_export(job / "export")
+        if isinstance(last_event, Finished) and folders.is_complete_export(job / "export")
         else None
     )
 
@@ -179,7 +177,10 @@ def _with_result(finished: Finished, result: RegisteredResult) -> Finished:
 
 def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTask, Origin]:
     """Check the config against data, model and cluster, and open the data: the workers' input, and the result's parents."""
-    check_deepspeed(config)
+    if config.parallel.strategy == "deepspeed":
+        from tandem.train.parallel.deepspeed import check_deepspeed
+
+        check_deepspeed(config)
     parts = find_parts(config.data)
     for part in parts:
         config.check_kind(part.index.kind, str(part.location))

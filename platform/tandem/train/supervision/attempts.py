@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -40,7 +41,6 @@ from tandem.train.supervision.recorder import EventRecorder
 from tandem.train.supervision.stop_request import StopRequest
 from tandem.train.supervision.watch import Supervision, watching
 from tandem.train.task import WorkerTask
-from tandem.train.worker import run_worker
 
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """One intra-op thread a process: oversubscribed threads were 3 to 14 times slower (facts.md)."""
@@ -201,10 +201,17 @@ def worker_environment(config: TrainConfig) -> dict[str, str]:
     return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if config.parallel.gpus_per_worker else "cpu"}
 
 
+def _run_worker(settings: dict[str, Any]) -> None:
+    # Imported by the workers alone: the layouts' modules take seconds, and the driver needs none of them.
+    from tandem.train.worker import run_worker
+
+    run_worker(settings)
+
+
 def _trainer(task: WorkerTask, storage: str) -> ray.train.torch.TorchTrainer:
     parallel = task.config.parallel
     return ray.train.torch.TorchTrainer(
-        run_worker,
+        _run_worker,
         train_loop_config={"task": task},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if parallel.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # typed as that of Train's first version
