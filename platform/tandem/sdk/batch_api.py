@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterator
 from typing import IO, Any, Self, cast
 
@@ -41,22 +42,27 @@ class OpenAIBatches:
         """See `BatchApi`."""
         RemoteLLM(name, self._base_url, api_key=self._api_key).check_served()
 
-    def create(self, requests: IO[bytes], endpoint: str, idempotency_key: str) -> str:
+    def upload(self, requests: IO[bytes]) -> str:
         """See `BatchApi`."""
-        headers = {"Idempotency-Key": idempotency_key}
         with self._errors():
             file = self._client.files.create(
                 file=("batch-run.jsonl", requests),
                 purpose="batch",
                 expires_after={"anchor": "created_at", "seconds": INPUT_LIFETIME_S},
-                extra_headers=headers,
+                # For retries of this client; the app forgets it after minutes.
+                extra_headers={"Idempotency-Key": uuid.uuid4().hex},
             )
+            return file.id
+
+    def create(self, file_id: str, endpoint: str, idempotency_key: str) -> str:
+        """See `BatchApi`."""
+        with self._errors():
             batch = self._client.batches.create(
-                input_file_id=file.id,
+                input_file_id=file_id,
                 endpoint=cast(Any, endpoint),
                 completion_window="24h",
                 output_expires_after={"anchor": "created_at", "seconds": OUTPUT_LIFETIME_S},
-                extra_headers=headers,
+                extra_headers={"Idempotency-Key": idempotency_key},
             )
             return batch.id
 

@@ -17,8 +17,12 @@ class BatchApi(Protocol):
         """UnknownModelError if the app serves no model or adapter of that name."""
         ...
 
-    def create(self, requests: IO[bytes], endpoint: str, idempotency_key: str) -> str:
-        """The id of a batch of these lines; that of the batch which was created before under this idempotency key."""
+    def upload(self, requests: IO[bytes]) -> str:
+        """The id of a new file of these lines."""
+        ...
+
+    def create(self, file_id: str, endpoint: str, idempotency_key: str) -> str:
+        """The id of a batch of a file; that of the batch which was created before under this idempotency key."""
         ...
 
     def get(self, batch_id: str) -> Batch:

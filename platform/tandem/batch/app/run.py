@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import IO
 
 from tandem.api.openai.batches import Batch
 from tandem.batch.app.answers import BatchAnswers
@@ -115,25 +114,25 @@ class AppRun:
 
     def _submit(self) -> None:
         """Create batches until enough are under way."""
-        for place, batch in enumerate(self._batches):
+        for batch in self._batches:
             if batch.id is None:
                 # A start that ended meanwhile may have created it: under its key it is the same one.
-                with tempfile.TemporaryFile() as file:
-                    fill(file, self._rows, [self._units[name] for name in batch.units], self._kept)
-                    self._create(place, file)
+                self._create(batch)
         while self._free and len(self._batches) < AT_ONCE:
             with tempfile.TemporaryFile() as file:
                 units = fill(file, self._rows, self._free, self._kept)
-                self._batches.append(AppBatch(units=tuple(unit.name for unit in units), key=uuid.uuid4().hex))
-                self._free = self._free[len(units) :]
-                self._record()
-                self._create(len(self._batches) - 1, file)
+                key = digest([uuid.uuid4().hex, file_sha256(file)])
+                uploaded = self._api.upload(file)
+            batch = AppBatch(units=tuple(unit.name for unit in units), key=key, file=uploaded)
+            self._batches.append(batch)
+            self._free = self._free[len(units) :]
+            self._record()
+            self._create(batch)
 
-    def _create(self, place: int, file: IO[bytes]) -> None:
-        batch = self._batches[place]
+    def _create(self, batch: AppBatch) -> None:
         route = self._run.survey.bases[self._units[batch.units[0]].base]
-        key = digest([batch.key, file_sha256(file)])
-        self._batches[place] = replace(batch, id=self._api.create(file, route, key))
+        created = replace(batch, id=self._api.create(batch.file, route, batch.key))
+        self._batches[self._batches.index(batch)] = created
         self._record()
 
     # ---- following ----

@@ -28,7 +28,9 @@ class AppBatch:
     units: tuple[str, ...]
     """Names of the units whose rows it asks."""
     key: str
-    """Drawn at random before anything is sent: the idempotency keys of its file and of itself come of it and of the content."""
+    """Hash of a random number and of the content: the idempotency key of its creation."""
+    file: str
+    """Id of its input file at the app."""
     id: str | None = None
     """At the app; None: it may have been created, and the app has not been heard."""
 

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 from gateway_world import World, running
@@ -35,6 +35,7 @@ from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
+from tandem.registry import conditions
 from tandem.sdk.batch_api import OpenAIBatches
 
 
@@ -190,15 +191,19 @@ class Killed(BaseException):
 class DiesAfterCreation(OpenAIBatches):
     """Is killed when the app has created the batch, before its id is heard."""
 
-    def create(self, requests: IO[bytes], endpoint: str, idempotency_key: str) -> str:
-        super().create(requests, endpoint, idempotency_key)
+    def create(self, file_id: str, endpoint: str, idempotency_key: str) -> str:
+        super().create(file_id, endpoint, idempotency_key)
         raise Killed
 
 
-async def test_a_start_that_was_killed_between_creation_and_record_sends_nothing_twice(app: App) -> None:
+async def test_a_start_that_was_killed_between_creation_and_record_sends_nothing_twice(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = app.config(prompts(30), rows_per_piece=7)
     with DiesAfterCreation(app.url, "x") as api, pytest.raises(Killed):
         await app.start(config, api, lambda progress: None)
+    # Also long after, when the app has forgotten the keys of uploads.
+    monkeypatch.setattr(conditions, "RETENTION_S", 0)
     summary = await app.run(config)
     assert summary.answered == 30 and app.batches() == [State.FINISHED]
     assert len(app.engine.asked) == 30 and set(app.engine.asked.values()) == {1}
