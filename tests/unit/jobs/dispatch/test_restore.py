@@ -25,6 +25,7 @@ from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import QUEUE, RUNNER, answers_folder
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
+from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.runners.processes import ProcessRunner
 from tandem.jobs.work.clock import ManualClock
 from tandem.jobs.work.queue import ItemQueue
@@ -94,7 +95,7 @@ def life(home: Path, clock: ManualClock) -> Iterator[Callable[[str], Life]]:
             files = stack.enter_context(FileStore(url))
             contents = ContentStore.open(store.identity, str(home / "files"))
             batches = BatchRunner(store, queue, files, contents, tenant_bytes=2**30, max_attempts=3)
-            runners = {"process": ProcessRunner(home / "runs", command), RUNNER: batches}
+            runners: dict[str, Runner] = {"process": ProcessRunner(home / "runs", command), RUNNER: batches}
             dispatcher = Dispatcher(store, runners, lambda: Capacity(cpus=3))
             stack.callback(dispatcher.close)
             return Life(store, queue, files, dispatcher, clock)
@@ -108,7 +109,7 @@ def empty_url(url: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if url.startswith("sqlite"):
         return f"sqlite:///{tmp_path}/restored.db"
     server: Server = request.getfixturevalue("postgresql_server")
-    return server.create(uuid.uuid4().hex)
+    return str(server.create(uuid.uuid4().hex))
 
 
 def submit_batch(life: Life, path: Path) -> str:
