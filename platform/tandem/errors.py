@@ -106,6 +106,10 @@ class UnknownKeyError(AuthError):
     """No API key has that id, and no active one that name."""
 
 
+class KeyMadeBeforeError(AuthError):
+    """An API key that was made before under the same idempotency key; its secret is told once."""
+
+
 class RegistryError(TandemError):
     """The registry refused a record."""
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import BadRequestError, NotFoundError
 from serve_fixtures import Served
+from typer.testing import CliRunner
+
+from tandem.cli.main import app
 
 TIMEOUT_S = 300.0
 
@@ -120,3 +124,29 @@ def test_wrong_batches_are_refused(served: Served) -> None:
             create(client, **wrong)
     with pytest.raises(NotFoundError):
         client.batches.retrieve("batch_none")
+
+
+def test_a_batch_run_on_the_app_answers_each_row_as_the_app_does_and_once(served: Served, tmp_path: Path) -> None:
+    client = served.client()
+    rows: list[dict[str, Any]] = [{"prompt": f"the cat {number}"} for number in range(200)]
+    rows[3] = {"custom_id": "chat", "messages": [{"role": "user", "content": "hello"}]}
+    rows[5]["model"], rows[7]["model"] = "red", "no-such-model"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["batch", "run", "--on-app", "--api-url", served.url, "--api-key", "test", "--input"]
+    command += [str(tmp_path / "rows.jsonl"), "--model", "tiny", "--output", str(tmp_path / "out")]
+    command += ["-s", "request.max_tokens=4", "-s", "request.temperature=0"]
+    before = len(client.batches.list(limit=100).data)
+    for _ in range(2):  # the second time nothing is sent
+        ended = CliRunner().invoke(app, command)
+        assert ended.exit_code == 3 and "199 of 200 rows answered" in ended.output, ended.output
+        assert len(client.batches.list(limit=100).data) == before + 2
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in results] == [number for number in range(200) if number != 7]
+    assert results[3]["custom_id"] == "chat" and results[3]["text"]
+    for number in (0, 5, 199):
+        model = rows[number].get("model", "tiny")
+        prompt = rows[number]["prompt"]
+        direct = client.completions.create(model=model, prompt=prompt, max_tokens=4, temperature=0)
+        assert results[number - (number > 7)]["text"] == direct.choices[0].text
+    (error,) = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert (error["row"], error["error"]["code"]) == (7, 404) and "no-such-model" in error["error"]["message"]

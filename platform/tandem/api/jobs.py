@@ -1,4 +1,4 @@
-"""Wire models of the native job routes, `/v1/tandem/jobs` and `/v1/tandem/queue`. Times are seconds since 1970."""
+"""Wire models of the native routes `/v1/tandem/jobs`, `queue` and `capacity`. Times are seconds since 1970."""
 
 from __future__ import annotations
 
@@ -186,3 +186,64 @@ class TandemQueue(BaseModel):
     """By priority, then by submission; 100 at most."""
     oldest_waiting_s: float | None
     """Seconds for which the oldest of all waiting jobs has waited since it was submitted; null: none waits."""
+
+
+class TandemAmounts(BaseModel):
+    """CPUs and GPUs."""
+
+    cpus: float
+    gpus: float
+
+
+class TandemLimit(BaseModel):
+    """CPUs and GPUs that may be held at most; null: any number."""
+
+    cpus: float | None
+    gpus: float | None
+
+
+class TandemNodeType(BaseModel):
+    """The nodes of one type."""
+
+    node_type: str
+    """Ray's group of nodes, else the type of their accelerators; empty: nodes that have neither."""
+    nodes: int
+    total: TandemAmounts
+    used: TandemAmounts
+    free: TandemAmounts
+    cordoned: TandemAmounts
+    """Not used, on nodes that get no new work."""
+
+
+class TandemTenantShare(BaseModel):
+    """What a tenant holds of the cluster, and may hold."""
+
+    tenant: str
+    weight: float
+    quota: TandemAmounts
+    """What it gets back from those who borrow it: as configured, else its share by weight."""
+    limit: TandemLimit
+    used: TandemAmounts
+    """By its jobs."""
+    share: float
+    """The larger one of its shares of the cluster's CPUs and GPUs, from 0 to 1."""
+
+
+class TandemCapacity(BaseModel):
+    """CPUs and GPUs of the cluster, as its dispatcher saw them last."""
+
+    object: Literal["tandem.capacity"] = "tandem.capacity"
+    at: float
+    age_s: float
+    """Seconds since then. While a dispatcher leads, it looks every 10 s."""
+    total: TandemAmounts
+    serving: TandemAmounts
+    """Used by replicas, and by whatever else is no job."""
+    training: TandemAmounts
+    """Used by jobs."""
+    free: TandemAmounts
+    cordoned: TandemAmounts
+    """Not used, on nodes that get no new work."""
+    node_types: list[TandemNodeType]
+    tenants: list[TandemTenantShare]
+    """The caller's tenant; for admins those that have shares or run jobs."""

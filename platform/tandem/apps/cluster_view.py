@@ -94,6 +94,7 @@ def node_amounts() -> tuple[NodeAmounts, ...]:
             total=_amounts(node.resources or {}),
             free=_amounts(free.get(node.id, {})),
             is_placeable=node.id not in draining and cordon_of(node, cordons) is None,
+            node_type=node.node_type,
         )
         for node in cluster_nodes()
         if node.alive

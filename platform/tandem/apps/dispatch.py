@@ -27,6 +27,7 @@ from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
 from tandem.jobs.folder_jobs import RUNNER as FOLDER_JOBS
 from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.tracking.capacity import CapacityRecorder, CapacityRecords
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
@@ -95,7 +96,8 @@ def dispatch_jobs(
     }
     pending = ServePendingReplicas(scheduling.serving_level)
     scheduler = Scheduler(scheduling, functools.partial(read_history, store))
-    dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler)
+    recorded = CapacityRecorder(lambda: capacity(pending), store, CapacityRecords.at(registry), scheduling)
+    dispatcher = Dispatcher(store, runners, recorded, decide=scheduler)
     releases = FileReleases(store, files)
     threading.Thread(target=releases.run, args=(stop,), name="file-releases", daemon=True).start()
     dispatcher.run(stop)

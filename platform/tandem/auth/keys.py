@@ -21,7 +21,8 @@ from tandem.auth.principal import Limits, Principal, Role
 from tandem.auth.tenants import DEFAULT_TENANT, TenantStore, check_tenant, is_active
 from tandem.db.audit import Change, record_change
 from tandem.db.schema import ApiKeyRow, UtcDateTime
-from tandem.errors import AuthError, ConfigError, UnknownKeyError, did_you_mean
+from tandem.errors import AuthError, ConfigError, KeyMadeBeforeError, UnknownKeyError, did_you_mean
+from tandem.registry.conditions import ALWAYS, Condition, remember, result_of_earlier
 
 PREFIX = "tdm-"
 KEY_ID = re.compile(r"key_[0-9a-f]{12}")
@@ -144,8 +145,9 @@ class KeyStore(TenantStore):
         expires_in: timedelta | None = None,
         by: str,
         address: str | None = None,
+        once: Condition = ALWAYS,
     ) -> NewKey:
-        """Make a key. AuthError for values that no key can have.
+        """Make a key. AuthError for values that no key can have, KeyMadeBeforeError where one was made under `once`.
 
         `by` and `address`: the caller and its address, for the audit log.
         """
@@ -156,6 +158,7 @@ class KeyStore(TenantStore):
             raise AuthError(f"A key expires after 1 second to {LONGEST_LIFE.days // 365} years, or never.")
         _check_models(models)
         with self._writing() as (session, revision):
+            _check_first(session, once)
             new_key = self._add(
                 session,
                 revision,
@@ -170,6 +173,7 @@ class KeyStore(TenantStore):
                 by=by, action="keys.create", target=new_key.key.id, address=address, after=new_key.key.to_json()
             )
             record_change(session, change)
+            remember(session, once, new_key.key.id)
         return new_key
 
     def list(self, *, tenant: str | None = None, every: bool = False) -> Keys:
@@ -215,13 +219,17 @@ class KeyStore(TenantStore):
                 record_change(session, change)
             return _to_api_key(row)
 
-    def rotate(self, id_or_name: str, *, overlap: timedelta, by: str, address: str | None = None) -> NewKey:
+    def rotate(
+        self, id_or_name: str, *, overlap: timedelta, by: str, address: str | None = None, once: Condition = ALWAYS
+    ) -> NewKey:
         """A new key with the same rights and limits, in which what the old one has used today and this minute counts too.
 
-        The old one is accepted for `overlap` more. AuthError if it has ended.
+        The old one is accepted for `overlap` more. AuthError if it has ended, KeyMadeBeforeError where a key was made under
+        `once`.
         """
         now = datetime.now(UTC)
         with self._writing() as (session, revision):
+            _check_first(session, once)
             row = _find(session, id_or_name)
             old_key = _to_api_key(row)
             if old_key.state(now) != "active":
@@ -246,6 +254,7 @@ class KeyStore(TenantStore):
                 by=by, action="keys.rotate", target=row.id, address=address, before=old_json, after=new_json
             )
             record_change(session, change)
+            remember(session, once, new_key.key.id)
         return new_key
 
     def accepts(self, secret: str) -> bool:
@@ -373,3 +382,12 @@ def _to_api_key(row: ApiKeyRow) -> ApiKey:
         revision=row.revision,
         origin=row.origin,
     )
+
+
+def _check_first(session: Session, once: Condition) -> None:
+    """KeyMadeBeforeError where a key was made under the same idempotency key."""
+    if (earlier := result_of_earlier(session, once)) is not None:
+        raise KeyMadeBeforeError(
+            f"This request has made {earlier} before, whose secret was told then and is not kept. If it is lost, revoke "
+            f"{earlier} and make another key."
+        )

@@ -16,7 +16,7 @@ from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.api.request_values import GENERATE_ROUTES, value_problems
 from tandem.batch.input.plan import ChunkSize, WorkUnit, units
 from tandem.batch.input.sources import find_files
-from tandem.batch.input.survey import Survey, survey
+from tandem.batch.input.survey import Grouping, Survey, survey
 from tandem.batch.models import ModelResolver
 from tandem.batch.output.manifest import Manifest
 from tandem.batch.output.write import Output
@@ -28,24 +28,66 @@ from tandem.errors import ConfigError, DataError, did_you_mean
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.serve.engine_spec import engine_spec
+from tandem.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchRun:
-    """A run that can be done: all that it asks for is there."""
+class PreparedRun:
+    """A run whose settings, input and output fit together."""
 
     config: BatchConfig
     output: Output
     manifest: Manifest
     survey: Survey
-    bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
-    """Of each base what its engines load, and what Ray reserves for them."""
-    names: ModelResolver
 
     @property
     def units(self) -> list[WorkUnit]:
         """All that is published, chunk by chunk."""
         return units(self.survey.chunks, self.survey.bases)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchRun(PreparedRun):
+    """A run with engines of its own: all that it asks for is there."""
+
+    bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
+    """Of each base what its engines load, and what Ray reserves for them."""
+    names: ModelResolver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedFiles:
+    """Files of a run's input, and what an earlier start left in its output."""
+
+    config: BatchConfig
+    output: Output
+    files: tuple[Location, ...]
+    before: Manifest | None
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether rows with wrong values are refused."""
+        return self.before is None or self.before.checks_values
+
+    def survey(self, group: Grouping, size: ChunkSize | None, tell: Callable[[int], None]) -> Survey:
+        """Read the input; `size` counts for a new run alone."""
+        return survey(
+            self.files,
+            group,
+            self.config.request,
+            self.before.size if self.before else size,
+            tell,
+            chat=self.config.chat,
+            check_values=self.checks_values,
+        )
+
+    def check(self, survey: Survey, models: Mapping[str, str | None]) -> tuple[Manifest, Survey]:
+        """The run's manifest, and the survey in its order of bases; ConfigError if an earlier start had other rows or models."""
+        manifest = Manifest.of(self.config, survey, models)
+        if self.before is None:
+            return manifest, survey
+        self.before.check_input(manifest)
+        return self.before, replace(survey, bases=self.before.order_bases(survey.bases))
 
 
 def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
@@ -54,11 +96,26 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     Raises ConfigError, DataError, StorageError or a RegistryError with the next step.
     """
     check_engine_name(config.engine, "engine")
+    checked = check_files(config)
+    config, before = checked.config, checked.before
+    names = ModelResolver(config, Registry.open(), before.models if before else {})
+    size = ChunkSize(config.rows_per_piece) if config.rows_per_piece else None
+    asked = checked.survey(Grouping(lambda row: names.find(row.model).base.id), size, tell)
+    manifest, asked = checked.check(asked, names.resolved)
+    bases = tuple(_base(config, names, each) for each in asked.bases)
+    if config.engine_args and not (before and before.finished):
+        check_engine_args(*(spec for spec, _ in bases))
+    if before is None:
+        checked.output.make()
+    return BatchRun(config=config, output=checked.output, manifest=manifest, survey=asked, bases=bases, names=names)
+
+
+def check_files(config: BatchConfig) -> CheckedFiles:
+    """Check the request fields of a run, find its files, and compare its settings with those of an earlier start."""
     check_fields(config.request)
     found, output = find_files(config.input), Output.at(config.output)
     before = Manifest.read(output)
-    check_values = before is None or before.checks_values
-    if check_values:
+    if before is None or before.checks_values:
         check_request_values(config.request)
     if before is not None:
         config = before.with_engine(config)
@@ -66,32 +123,12 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
         if before.finished:
             output.check_made()
     # A run may write into the folder that it reads.
-    files = [file for file in found if not output.owns(file)]
+    files = tuple(file for file in found if not output.owns(file))
     if not files:
         raise DataError(
             f"{config.input} holds nothing but the output of this run. Give a file of rows, or another output."
         )
-    names = ModelResolver(config, Registry.open(), before.models if before else {})
-    size = ChunkSize(config.rows_per_piece) if config.rows_per_piece else None
-    asked = survey(
-        files,
-        names,
-        config.request,
-        before.size if before else size,
-        tell,
-        chat=config.chat,
-        check_values=check_values,
-    )
-    manifest = Manifest.of(config, asked, names)
-    if before is not None:
-        before.check_input(manifest)
-        asked = replace(asked, bases=before.order_bases(asked.bases))
-    bases = tuple(_base(config, names, each) for each in asked.bases)
-    if config.engine_args and not (before and before.finished):
-        check_engine_args(*(spec for spec, _ in bases))
-    if before is None:
-        output.make()
-    return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
+    return CheckedFiles(config=config, output=output, files=files, before=before)
 
 
 def check_fields(request: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,17 +14,17 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
+from tandem.batch.finish import finish, finished, rows_in
 from tandem.batch.input.plan import WorkUnit, chunks_in_flight, left
 from tandem.batch.input.read import ChunkSource
-from tandem.batch.output.manifest import Manifest
 from tandem.batch.prepare import BatchRun
+from tandem.batch.progress import Progress, Summary
 from tandem.batch.reasons import explained
 from tandem.batch.work import WorkerContext
 from tandem.batch.worker import Worker
 from tandem.cluster.capacity import check_nodes
 from tandem.cluster.health.cordons import placeable_resources, placement_selector
 from tandem.config import ServedModelConfig
-from tandem.errors import EngineError, StorageError
 from tandem.secret_values import without_references
 
 READ_CPUS = 0
@@ -33,54 +33,16 @@ READERS = 2
 """Files that are read at a time: each engine has some in its window before it asks for more."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """Where a run stands."""
-
-    rows: int
-    """Of the input."""
-    done: int
-    """Of these, rows that are published, those of earlier starts and those that were refused among them."""
-    failed: int
-    """Rows without an answer, as far as this start knows."""
-    found: int = 0
-    """Rows that an earlier start had published."""
-    tokens: int = 0
-    """Generated since this start."""
-    answering_s: float = 0.0
-    """What this start has taken for its rows, without the starts of engines."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """How a run ended."""
-
-    rows: int
-    answered: int
-    failed: int
-    found: int
-    """Rows that an earlier start had published."""
-    results: str
-    errors: str
-    prompt_tokens: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    answering_s: float = 0.0
-    """From the first row that an engine was asked to the last that was published, without the starts of engines."""
-    files_s: float = 0.0
-    """What making the two files of all chunks took then."""
-
-
 def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
     """Answer what is left, and write the two files. Raises EngineError if engines cannot start or keep on dying."""
     began, output, rows = time.monotonic(), run.output, run.survey.rows
-    if (whole := _finished(run)) is not None:
+    if (whole := finished(run)) is not None:
         return whole
     output.begin(run.manifest.plain())
     output.refuse(run.survey.refused)
     published = output.published()
     todo = left(run.units, published)
-    earlier = _rows_in(run, [unit for unit in run.units if unit.name in published])
+    earlier = rows_in(run, published)
     failed = len(run.survey.refused)
     done, tokens, prompt_tokens, answering_s = earlier + failed, 0, 0, 0.0
     tell(Progress(rows=rows, done=done, failed=failed, found=earlier))
@@ -92,31 +54,8 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
             first, last = min(first, told["began"]), max(last, told["ended"])
             answering_s = before_s + last - first
             tell(Progress(rows=rows, done=done, failed=failed, found=earlier, tokens=tokens, answering_s=answering_s))
-    if (whole := _finished(run)) is not None:
-        # Another command was at it too, and was done first.
-        return whole
-    assembling = time.monotonic()
-    try:
-        answered, failed = output.assemble(run.survey.chunks, run.units)
-    except (FileNotFoundError, StorageError) as error:
-        if (whole := _finished(run)) is not None:
-            return whole
-        raise StorageError(
-            f"The two files cannot be made of {output.run}: {error}. The same command resumes."
-        ) from error
-    if answered + failed != rows:
-        raise EngineError(
-            f"{answered} answers and {failed} errors were published of {rows} rows. Look at {output.run}, and report it."
-        )
-    finished = replace(run.manifest, finished=True, answered=answered, failed=failed)
-    output.finish(finished.plain())
     return replace(
-        _summary(replace(run, manifest=finished), found=earlier),
-        tokens=tokens,
-        prompt_tokens=prompt_tokens,
-        seconds=time.monotonic() - began,
-        answering_s=answering_s,
-        files_s=time.monotonic() - assembling,
+        finish(run, found=earlier, began=began), tokens=tokens, prompt_tokens=prompt_tokens, answering_s=answering_s
     )
 
 
@@ -203,27 +142,3 @@ def _answered(
 def check_capacity(served: ServedModelConfig) -> None:
     """Refuse replicas that no node of the cluster, empty, could hold one of: Ray would wait for ever."""
     check_nodes(placeable_resources(), served)
-
-
-def _finished(run: BatchRun) -> Summary | None:
-    """How the run ended, if it is done."""
-    manifest = Manifest.read(run.output)
-    if manifest is None or not manifest.finished:
-        return None
-    run.output.clean()
-    return _summary(replace(run, manifest=manifest), found=run.survey.rows)
-
-
-def _rows_in(run: BatchRun, published: list[WorkUnit]) -> int:
-    return sum(unit.chunk.counts[run.survey.bases[unit.base]] for unit in published)
-
-
-def _summary(run: BatchRun, *, found: int) -> Summary:
-    return Summary(
-        rows=run.survey.rows,
-        answered=run.manifest.answered,
-        failed=run.manifest.failed,
-        found=found,
-        results=str(run.output.results),
-        errors=str(run.output.errors),
-    )

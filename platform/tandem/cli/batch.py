@@ -33,6 +33,16 @@ def run_command(
         bool | None,
         typer.Option("--chat", help="Ask the `prompt` of plain rows as a user's message, through the chat template."),
     ] = None,
+    on_app: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-app", help="Send the rows to the app that serves, behind its clients, instead of own engines."
+        ),
+    ] = None,
+    api_url: Annotated[
+        str | None, typer.Option(help="With --on-app: the app; TANDEM_API_URL, or the app of this home.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="With --on-app: its key; TANDEM_API_KEY.")] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s request.max_tokens=64")
     ] = [],  # noqa: B006  (typer copies it)
@@ -43,7 +53,7 @@ def run_command(
     """
     with friendly_errors(), located(config, overrides):
         values = apply_overrides(read_yaml(config) if config else {}, overrides)
-        given = {"input": input_, "model": model, "output": output, "chat": chat}
+        given = {"input": input_, "model": model, "output": output, "chat": chat, "on_app": on_app}
         run_config = from_dict(BatchConfig, values | {key: value for key, value in given.items() if value is not None})
-        if run_batch(run_config).failed:
+        if run_batch(run_config, api_url=api_url, api_key=api_key).failed:
             raise SystemExit(ROWS_FAILED)

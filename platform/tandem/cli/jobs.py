@@ -191,6 +191,35 @@ def queue_command(tenant: Tenant = None, api_url: Url = None, api_key: Key = Non
             console.print(waiting)
 
 
+@jobs_app.command("capacity")
+def capacity_command(tenant: Tenant = None, api_url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
+    """Show CPUs and GPUs of the app's cluster: total, used, free, by type of node, and the share of each tenant."""
+    with connected(api_url, api_key) as client:
+        found = client.capacity(tenant=tenant)
+        if as_json:
+            console.print_json(found.model_dump_json())
+            return
+        sums = _columns("", "CPUS", "GPUS")
+        for name in ("total", "serving", "training", "free", "cordoned"):
+            amounts: wire.TandemAmounts = getattr(found, name)
+            sums.add_row(name, f"{amounts.cpus:g}", f"{amounts.gpus:g}")
+        console.print(sums)
+        if len(found.node_types) > 1:
+            types = _columns("NODE TYPE", "NODES", "CPUS FREE", "GPUS FREE")
+            for each in found.node_types:
+                free = (f"{each.free.cpus:g} of {each.total.cpus:g}", f"{each.free.gpus:g} of {each.total.gpus:g}")
+                types.add_row(escape(each.node_type or "-"), str(each.nodes), *free)
+            console.print(types)
+        shares = _columns("TENANT", "CPUS", "GPUS", "QUOTA CPUS", "QUOTA GPUS", "SHARE")
+        for tenant_share in found.tenants:
+            held = (tenant_share.used, tenant_share.quota)
+            cells = (f"{value:g}" for each in held for value in (each.cpus, each.gpus))
+            shares.add_row(escape(tenant_share.tenant or "-"), *cells, f"{tenant_share.share:.0%}")
+        if found.tenants:
+            console.print(shares)
+        console.print(f"[dim]As of {found.age_s:.0f} s ago.[/]")
+
+
 def _change(job: str, action: wire.JobAction, api_url: str | None, api_key: str | None) -> None:
     with connected(api_url, api_key) as client:
         changed = getattr(client.jobs, action)(job)

@@ -14,7 +14,9 @@ from rich.table import Table
 
 from tandem.cli.audit import moment
 from tandem.cli.support.shell import friendly_errors
+from tandem.sdk.app_client import Client
 from tandem.sdk.console import console
+from tandem.settings import settings
 from tandem.usage import UsageStore
 from tandem.usage.store import COUNTS, GROUPS
 
@@ -35,6 +37,10 @@ def usage_command(
     ] = "30d",
     until: Annotated[str | None, typer.Option(help="To, in the same forms; without: now.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
+    api_url: Annotated[
+        str | None, typer.Option(help="Ask this app instead of the database; TANDEM_API_URL. A key sees its tenant.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="The app's key; TANDEM_API_KEY.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -46,9 +52,12 @@ def usage_command(
     with friendly_errors():
         now = datetime.now(UTC)
         columns = [column.strip() for column in by.split(",") if column.strip()]
-        rows = UsageStore.open().sums(
-            columns, since=moment(since, now), until=None if until is None else moment(until, now), tenant=tenant
-        )
+        start, end = moment(since, now), None if until is None else moment(until, now)
+        if api_url or settings().api_url:
+            with Client(api_url, api_key=api_key) as client:
+                rows = list(client.usage(columns, since=start, until=end, tenant=tenant))
+        else:
+            rows = UsageStore.open().sums(columns, since=start, until=end, tenant=tenant)
         if as_json:
             console.print_json(json.dumps(rows))
         elif as_csv:

@@ -141,3 +141,14 @@ class LeaderRow(Base):
     """Grows by one with each change of the leader: it fences writes of those before."""
     until: Mapped[datetime] = mapped_column(UtcDateTime)
     """End of the lease."""
+
+
+class CapacityRow(Base):
+    """One row for each role: the cluster's CPUs and GPUs, as the process that leads in it saw them last."""
+
+    __tablename__ = "cluster_capacity"
+
+    role: Mapped[str] = mapped_column(String(32), primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    content: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """As `jobs.tracking.capacity` writes it."""

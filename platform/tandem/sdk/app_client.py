@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from tandem.api.jobs import TandemCapacity
 from tandem.sdk.address import find_api_url
 from tandem.sdk.client import Prompt, RemoteLLM, RequestOutput, SamplingParams
 from tandem.sdk.jobs.client import Jobs
@@ -112,6 +114,24 @@ class Client:
             model or self._only_model(), self.base_url, api_key=self.api_key, max_concurrency=max_concurrency
         )
         return llm.generate(prompts, sampling_params, use_tqdm=False)
+
+    def capacity(self, *, tenant: str | None = None) -> TandemCapacity:
+        """CPUs and GPUs of the app's cluster: total, used, free, with the age of the figures; quota and share of the tenant."""
+        return self.jobs.capacity(tenant=tenant)
+
+    def usage(
+        self,
+        by: Sequence[str] = ("hour", "key_id", "model"),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Sums of requests and tokens by the columns `by`, one after the other; by default of the last 30 days.
+
+        Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
+        """
+        return self.jobs.usage(by, since=since, until=until, tenant=tenant)
 
     def _talker(self, temperature: float | None = None, max_tokens: int | None = None) -> Talker:
         return Talker(api_url=self.base_url, api_key=self.api_key, temperature=temperature, max_tokens=max_tokens)

@@ -7,8 +7,11 @@ async with tandem.AsyncClient() as client:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self
 
+from tandem.api.jobs import TandemCapacity
 from tandem.sdk.address import find_api_url
 from tandem.sdk.jobs.async_client import AsyncJobs
 from tandem.settings import settings
@@ -41,3 +44,21 @@ class AsyncClient:
         from openai import AsyncOpenAI
 
         return AsyncOpenAI(base_url=self.base_url, api_key=self.api_key)
+
+    async def capacity(self, *, tenant: str | None = None) -> TandemCapacity:
+        """CPUs and GPUs of the app's cluster: total, used, free, with the age of the figures; quota and share of the tenant."""
+        return await self.jobs.capacity(tenant=tenant)
+
+    def usage(
+        self,
+        by: Sequence[str] = ("hour", "key_id", "model"),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str | None = None,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Sums of requests and tokens by the columns `by`, one after the other; by default of the last 30 days.
+
+        Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
+        """
+        return self.jobs.usage(by, since=since, until=until, tenant=tenant)

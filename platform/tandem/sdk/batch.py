@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tandem.cluster.local import authentication
 from tandem.config import BatchConfig
 from tandem.engine.engines import find_engine
+from tandem.errors import ConfigError
+from tandem.sdk.address import find_api_url
 from tandem.sdk.cluster import check_gpus, connected, open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
 from tandem.settings import export
+from tandem.settings import settings as app_settings
 
 if TYPE_CHECKING:
-    from tandem.batch.prepare import BatchRun
-    from tandem.batch.run import Progress as BatchProgress
-    from tandem.batch.run import Summary
+    from tandem.batch.app.api import BatchApi
+    from tandem.batch.prepare import BatchRun, PreparedRun
+    from tandem.batch.progress import Progress as BatchProgress
+    from tandem.batch.progress import Summary
 
 CPUS = 8
 """Logical CPUs of a local cluster; of more replicas as many as they take."""
@@ -39,20 +43,77 @@ def run_batch(
     model: str = "",
     output: str | Path = "",
     request: Mapping[str, Any] | None = None,
+    api_url: str | None = None,
+    api_key: str | None = None,
     **settings: Any,
 ) -> Summary:
     """Answer a file of rows, with a progress bar.
 
     Runs on the cluster that this process is connected to, else on RAY_ADDRESS's, this home's, or one for as long as it takes.
+    With `on_app` the app that serves answers instead: the one at `api_url` (unset: TANDEM_API_URL, else the app of this home)
+    with `api_key` (unset: TANDEM_API_KEY).
 
     `input` is a path or URI, or a whole BatchConfig; `settings` are other fields of one. Raises a TandemError before anything
     is started if something of the run is not there.
     """
-    from tandem.batch.prepare import prepare
-
     config = input if isinstance(input, BatchConfig) else BatchConfig(
         input=str(input), model=model, output=str(output), request=dict(request or {}), **settings
     )  # fmt: skip
+    if config.on_app:
+        from tandem.sdk.batch_api import OpenAIBatches
+
+        with OpenAIBatches(find_api_url(api_url), api_key or app_settings().sent_key) as api:
+            summary = _answered_on_app(config, api)
+    elif api_url or api_key:
+        raise ConfigError("--api-url and --api-key (api_url, api_key) are of an app. Add --on-app (on_app=True).")
+    else:
+        summary = _answered_by_engines(config)
+    _say(summary)
+    return summary
+
+
+def _answered_by_engines(config: BatchConfig) -> Summary:
+    from tandem.batch.prepare import prepare
+
+    with _reading() as tell:
+        run = prepare(config, tell)
+    for name in without_template(run):
+        console.print(
+            f"[yellow]Rows with `prompt` go to {escape(name)} as they are, without its chat template.[/] --chat (chat=True) asks "
+            "each as a user's message.",
+            soft_wrap=True,
+        )
+    try:
+        return _run(config, run)
+    except (KeyboardInterrupt, SystemExit):
+        console.print("\nStopped. The same command resumes where it stopped.")
+        raise
+
+
+def _answered_on_app(config: BatchConfig, api: BatchApi) -> Summary:
+    from tandem.batch.app.prepare import prepare_on_app
+    from tandem.batch.app.run import AppRun
+
+    with _reading() as tell:
+        prepared = prepare_on_app(config, api, tell)
+    if prepared.manifest.finished:
+        return AppRun(prepared, api).answer()
+    with _Bar(prepared, "waiting for the app") as bar:
+        run = AppRun(prepared, api, bar.tell)
+        try:
+            return run.answer()
+        except (KeyboardInterrupt, SystemExit):
+            run.cancel()
+            console.print(
+                "\nStopped, and its batches on the app are cancelled. What they have answered is kept: the same command asks the "
+                "other rows."
+            )
+            raise
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[Callable[[int], None]]:
+    """What tells how many rows have been read."""
     status = console.status("Reading the rows")
 
     def tell(rows: int) -> None:
@@ -61,22 +122,9 @@ def run_batch(
         status.update(f"Reading the rows: {rows:,}")
 
     try:
-        run = prepare(config, tell)
+        yield tell
     finally:
         status.stop()
-    for name in without_template(run):
-        console.print(
-            f"[yellow]Rows with `prompt` go to {escape(name)} as they are, without its chat template.[/] --chat (chat=True) asks "
-            "each as a user's message.",
-            soft_wrap=True,
-        )
-    try:
-        summary = _run(config, run)
-    except (KeyboardInterrupt, SystemExit):
-        console.print("\nStopped. The same command resumes where it stopped.")
-        raise
-    _say(summary)
-    return summary
 
 
 def without_template(run: BatchRun) -> list[str]:
@@ -116,7 +164,7 @@ def _driver(config: BatchConfig) -> Iterator[None]:
 class _Bar:
     """Rows done, rows without an answer, tokens a second, time left."""
 
-    def __init__(self, run: BatchRun) -> None:
+    def __init__(self, run: PreparedRun, waiting: str = "starting engines") -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
@@ -125,7 +173,7 @@ class _Bar:
             TextColumn("{task.fields[numbers]}"),
             console=console,
         )
-        self._task = self._progress.add_task("Answering", total=run.survey.rows, numbers="[dim]starting engines[/]")
+        self._task = self._progress.add_task("Answering", total=run.survey.rows, numbers=f"[dim]{waiting}[/]")
         self._found: int | None = None
         self._tenth = 0
 
@@ -150,7 +198,7 @@ class _Bar:
             self._progress.update(self._task, completed=now.done)
             return
         past, rows = now.answering_s, now.done - self._found
-        parts = [f"{now.tokens / past:,.0f} tok/s"] if past else []
+        parts = [f"{now.tokens / past:,.0f} tok/s"] if past and now.tokens else []
         if now.failed:
             parts.append(f"[yellow]{now.failed:,} failed[/]")
         if rows:

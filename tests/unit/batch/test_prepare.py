@@ -225,7 +225,7 @@ def test_a_run_that_was_begun_goes_on_with_its_pieces(registry: Registry, tmp_pa
     again = prepare(wanted)
     assert [chunk.rows for chunk in again.survey.chunks] == [9]
     again.output.begin({**again.manifest.plain(), "format": 9})
-    with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 3\)"):
+    with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 4\)"):
         prepare(wanted)
 
 

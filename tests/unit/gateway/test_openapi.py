@@ -21,7 +21,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
-from tandem.config import FilesConfig
+from tandem.config import FilesConfig, SchedulingConfig
+from tandem.jobs.tracking.capacity import CapacityRecords, content_of
 
 __all__ = ["world"]
 ADMIN = {"authorization": "Bearer secret"}
@@ -75,6 +76,8 @@ async def test_no_request_for_jobs_is_a_server_error_or_answered_against_the_doc
     async with running(tmp_path, files=FilesConfig(location=str(tmp_path / "files"))) as world:
         document = (await world.http.get("/openapi.json", headers=ADMIN)).json()
         document["paths"] = {path: each for path, each in document["paths"].items() if path.startswith(WORK)}
+        with CapacityRecords.at(world.registry.address) as records:
+            records.record(content_of([], [], SchedulingConfig()))
         use_ids(document, {"job_id": await fine_tuning_job(world), "batch_id": await batch(world)})
         asked = await ask_all(document, str(world.http.base_url).rstrip("/"))
         assert len(asked) >= 11

@@ -5,8 +5,6 @@ A table has one row: Ray Data puts tables together and cuts them between rows as
 
 from __future__ import annotations
 
-import collections
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +15,8 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from tandem.batch.input.plan import WorkUnit, read_together
-from tandem.batch.input.sources import Row, only_forward, rows_of
+from tandem.batch.input.sources import only_forward
+from tandem.batch.input.unit_rows import rows_of_units
 from tandem.batch.work import WorkerContext
 from tandem.storage import Location
 
@@ -63,21 +62,11 @@ class ChunkSource(Datasource):
 def read(file: Location, units: Sequence[WorkUnit], reference: Any) -> Iterator[Any]:
     """A table for each unit, in their order; `reference` is that of a WorkerContext."""
     work: WorkerContext = ray.get(reference)
-    rows, at = iter(list[Row]()), -1
-    for unit in units:
-        chunk = unit.chunk
-        if at < 0 or (chunk.first != at and not only_forward(file)):
-            rows = rows_of(file, chunk.position)
-        else:
-            # Of chunks in between nothing is left to do here.
-            collections.deque(itertools.islice(rows, chunk.first - at), maxlen=0)
-        here = enumerate(itertools.islice(rows, chunk.rows), chunk.first)
-        mine = [(number, row) for number, row in here if work.is_for_me(row)]
+    for unit, rows in rows_of_units(file, units, work.is_for_me):
         columns = [
             [unit.name],
-            [[number for number, _ in mine]],
-            [[f"{file} {row.where}" for _, row in mine]],
-            [[row.raw for _, row in mine]],
+            [[row.number for row in rows]],
+            [[row.where for row in rows]],
+            [[row.raw for row in rows]],
         ]
-        at = chunk.first + chunk.rows
         yield pa.table(columns, schema=COLUMNS)

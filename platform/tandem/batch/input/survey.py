@@ -6,7 +6,7 @@ With the manifest of an earlier start it decides which chunks are left.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from tandem.batch.files import Lines
 from tandem.batch.input.plan import Chunk, Chunker, ChunkSize, Position, chunk_size
 from tandem.batch.input.rows import BadRowError, RowRequest, UnknownFieldError, parse, read_row
 from tandem.batch.input.sources import Row, rows_of
-from tandem.batch.models import ModelResolver
 from tandem.batch.output.lines import failed
 from tandem.errors import DataError, RegistryError
 from tandem.ids import file_digest
@@ -30,7 +29,7 @@ class Survey:
     digests: tuple[str, ...]
     chunks: tuple[Chunk, ...]
     bases: tuple[str, ...]
-    """Ids of the base models that rows are for, in the order of the first row of each."""
+    """Ids of the base models that rows are for, in the order of the first row of each; of a run on an app the routes."""
     refused: Lines
     """The lines of rows that no engine is asked about."""
     rows: int
@@ -40,9 +39,19 @@ class Survey:
     """Ids of the bases that plain rows ask with a `prompt`, which no chat template is applied to."""
 
 
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Division of rows into groups that are published apart."""
+
+    group_of: Callable[[RowRequest], str]
+    """The group of a row; raises BadRowError or RegistryError for one that cannot be asked."""
+    num_bytes: Callable[[RowRequest], int] | None = None
+    """Bytes of a row for the size of a chunk; None: those of the row as it came."""
+
+
 def survey(
     files: Sequence[Location],
-    names: ModelResolver,
+    grouping: Grouping,
     request: Mapping[str, Any],
     size: ChunkSize | None = None,
     tell: Callable[[int], None] = lambda rows: None,
@@ -56,7 +65,7 @@ def survey(
 
     Raises DataError if there are none, if a file is damaged, or if a row has a field that no request has.
     """
-    size = size or chunk_size(sum(_size(file) for file in files))
+    size = size or chunk_size(input_bytes(files))
     divider = Chunker(size)
     bases: dict[str, None] = {}
     bare: set[str] = set()
@@ -65,9 +74,12 @@ def survey(
 
     def asked(file: Location) -> Iterator[tuple[Position, int, str | None]]:
         for row in rows_of(file):
+            num_bytes = len(row.raw)
             try:
                 ask = _ask(row, request, chat, check_values)
-                base: str | None = names.find(ask.model).base.id
+                base: str | None = grouping.group_of(ask)
+                if grouping.num_bytes is not None:
+                    num_bytes = grouping.num_bytes(ask)
             except UnknownFieldError as error:
                 raise DataError(f"{file} {row.where}: {error} Nothing has been started.") from None
             except (BadRowError, RegistryError) as error:
@@ -77,7 +89,7 @@ def survey(
                 bases[str(base)] = None
                 if ask.is_bare_prompt:
                     bare.add(str(base))
-            yield row.position, len(row.raw), base
+            yield row.position, num_bytes, base
 
     for number, file in enumerate(files):
         for chunk in divider.chunks(number, asked(file)):
@@ -95,8 +107,9 @@ def _ask(row: Row, request: Mapping[str, Any], chat: bool, check_values: bool) -
     return read_row(parse(row.raw), request, chat=chat, check_values=check_values)
 
 
-def _size(file: Location) -> int:
-    return int(file_system(file).size(str(file)) or 0)
+def input_bytes(files: Iterable[Location]) -> int:
+    """Bytes of all files, as they are stored."""
+    return sum(int(file_system(file).size(str(file)) or 0) for file in files)
 
 
 def _digest(file: Location) -> str:

@@ -9,16 +9,30 @@ from typing import Any, Self
 
 from tandem.batch.input.plan import ChunkSize
 from tandem.batch.input.survey import Survey
-from tandem.batch.models import ModelResolver
 from tandem.batch.output.write import Output
 from tandem.config import AUTO_ENGINE, BatchConfig
 from tandem.errors import ConfigError
 
-FORMAT = 3
-FORMATS = (1, 2, 3)
-"""Formats of runs that can be resumed. 1: chunks are divided by rows only. 1 and 2: the values of rows are not checked."""
-DECIDING = ("model", "engine", "request", "engine_args", "chat")
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)
+"""Formats of runs that can be resumed. 1: chunks are divided by rows only. 1 and 2: the values of rows are not checked. 1 to 3:
+runs on an app are not known."""
+DECIDING = ("model", "engine", "request", "engine_args", "chat", "on_app")
 """Settings that the answers depend on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppBatch:
+    """A batch of a run on an app."""
+
+    units: tuple[str, ...]
+    """Names of the units whose rows it asks."""
+    key: str
+    """Hash of a random number and of the content: the idempotency key of its creation."""
+    file: str
+    """Id of its input file at the app."""
+    id: str | None = None
+    """At the app; None: it may have been created, and the app has not been heard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,21 +51,23 @@ class Manifest:
     """What each name in a row means, by id; None: nobody."""
     bases: tuple[str, ...]
     """Ids of the base models."""
+    app_batches: tuple[AppBatch, ...] = ()
+    """Of a run on an app those whose answers are not published yet."""
     finished: bool = False
     answered: int = 0
     failed: int = 0
     format: int = field(default=FORMAT)
 
     @classmethod
-    def of(cls, config: BatchConfig, survey: Survey, names: ModelResolver) -> Self:
-        """What a new run writes down."""
+    def of(cls, config: BatchConfig, survey: Survey, models: Mapping[str, str | None]) -> Self:
+        """What a new run writes down; `models`: what each name in a row means."""
         return cls(
             settings=_deciding(config),
             input=tuple(zip(map(str, survey.files), survey.digests, strict=True)),
             rows=survey.rows,
             rows_per_piece=survey.size.rows,
             bytes_per_piece=survey.size.bytes,
-            models=names.resolved,
+            models=models,
             bases=survey.bases,
         )
 
@@ -67,6 +83,9 @@ class Manifest:
                 "another output."
             )
         found["input"] = tuple(tuple(each) for each in found["input"])
+        found["app_batches"] = tuple(
+            AppBatch(**{**each, "units": tuple(each["units"])}) for each in found.get("app_batches", ())
+        )
         return cls(**{**found, "bases": tuple(found["bases"])})
 
     @property
@@ -90,7 +109,7 @@ class Manifest:
     def check_settings(self, config: BatchConfig) -> None:
         """ConfigError if the answers would be others than those that are there."""
         for key, now in _deciding(config).items():
-            # Runs of before had no `chat`, and asked prompts as they are.
+            # Runs of before had no `chat`, and asked prompts as they are; nor could they use an app.
             before = self.settings.get(key, False)
             if before != now:
                 raise ConfigError(

@@ -15,7 +15,7 @@ import heapq
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,18 @@ class Output:
     def publish(self, name: str, lines: Iterable[bytes]) -> None:
         """Put the answers of a unit (plan.WorkUnit.name) there, all of them."""
         write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
+
+    def keep(self, name: str, lines: Mapping[int, bytes]) -> None:
+        """Put the lines of some rows of a unit aside, by their rows, until all of its rows have one."""
+        write(self._kept_at(name), b"".join(line + b"\n" for line in lines.values()))
+
+    def kept(self, name: str) -> dict[int, bytes]:
+        """The lines of a unit that were put aside, by their rows."""
+        text = read(self._kept_at(name)) or b""
+        return {row_of(line): line for line in text.split(b"\n") if line}
+
+    def _kept_at(self, name: str) -> Location:
+        return join(self.run, "pieces", f"{name}.some")
 
     def refuse(self, lines: Iterable[bytes]) -> None:
         """Put the rows there that no engine is asked about, all of them."""

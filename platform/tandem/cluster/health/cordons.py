@@ -26,6 +26,8 @@ NODE_ID_LABEL = "ray.io/node-id"
 NODE_ID = re.compile(r"[0-9a-f]{56}")
 UNCORDONED = ".uncordoned"
 """End of the name of the file that holds when a node's cordon was last removed: what its logs said before is settled."""
+NODE_TYPE_LABELS = ("ray.io/node-group", "ray.io/accelerator-type")
+"""Labels of Ray that tell nodes of different types apart."""
 MIN_PREFIX = 8
 """Characters of a node's id that are enough to name it."""
 
@@ -41,6 +43,8 @@ class ClusterNode:
     is_head: bool = False
     died_unexpectedly: bool = False
     resources: Mapping[str, float] | None = None
+    node_type: str = ""
+    """Its group, where Ray's autoscaler made it, else its type of accelerator; empty: it has neither."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +215,7 @@ def cluster_nodes() -> list[ClusterNode]:
 
 
 def _node(entry: Mapping[str, Any]) -> ClusterNode:
-    resources = entry.get("Resources") or {}
+    resources, labels = entry.get("Resources") or {}, entry.get("Labels") or {}
     return ClusterNode(
         id=entry["NodeID"],
         address=entry["NodeManagerAddress"],
@@ -220,6 +224,7 @@ def _node(entry: Mapping[str, Any]) -> ClusterNode:
         is_head="node:__internal_head__" in resources,
         died_unexpectedly=str(entry.get("DeathReason", "")) in UNEXPECTED,
         resources=resources,
+        node_type=next((str(labels[name]) for name in NODE_TYPE_LABELS if labels.get(name)), ""),
     )
 
 

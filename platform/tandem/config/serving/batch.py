@@ -32,6 +32,8 @@ class BatchConfig(ReplicaConfig):
     """Whether the `prompt` of a plain row is sent as a user's message, through the model's chat template."""
     rows_per_piece: int | None = None
     """Rows of one piece, which is published as a whole; unset: about 4,000 pieces of at most 65,536 rows and 64 MiB."""
+    on_app: bool = False
+    """Whether the rows are sent to the app that serves, as batches of `/v1/batches`, instead of to engines of the run's own."""
     window_rows: int = 2048
     """Running and waiting rows of one engine: more than it can run at once, so that it never idles."""
     max_failures: int = 3
@@ -54,7 +56,19 @@ class BatchConfig(ReplicaConfig):
                 json.dumps(getattr(self, key), allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"{key} has a value that JSON has no form for: {error}. Give it as text.") from None
+        if self.on_app:
+            self._check_on_app()
         self.served(self.model, adapters=0)
+
+    def _check_on_app(self) -> None:
+        """ConfigError for a setting of engines that are not the run's own."""
+        names = (*(f.name for f in fields(ReplicaConfig)), "window_rows", "max_failures")
+        defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        if changed := [name for name in names if getattr(self, name) != defaults[name]]:
+            raise ConfigError(
+                f"{' and '.join(changed)} cannot be set with on_app: the engines of the app are used as they are. Leave "
+                f"{'it' if len(changed) == 1 else 'them'} out, or run without on_app."
+            )
 
     def served(self, model: str, *, adapters: int) -> ServedModelConfig:
         """The settings of one base model's replicas in the served app's form, with slots for the `adapters` that rows name."""

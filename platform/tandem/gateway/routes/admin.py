@@ -32,6 +32,7 @@ from tandem.gateway.replicas.fleet import Fleet
 from tandem.gateway.routes.audit import AuditedChanges
 from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import run_blocking
+from tandem.gateway.routes.openapi.operations import IDEMPOTENCY_KEY
 from tandem.ids import split_version
 from tandem.jobs.adapter_entries import deletion_fields, registration_fields
 from tandem.jobs.adapters import Adapters
@@ -64,8 +65,9 @@ class AdminRoutes:
         app.get("/residency")(self.residency)
         app.get(adapter_path)(self.show)
         app.delete(adapter_path)(self.delete)
-        app.post(f"{adapter_path}/promote")(self.promote)
-        app.post(f"{adapter_path}/roll-back")(self.roll_back)
+        once = {"parameters": [IDEMPOTENCY_KEY]}
+        app.post(f"{adapter_path}/promote", openapi_extra=once)(self.promote)
+        app.post(f"{adapter_path}/roll-back", openapi_extra=once)(self.roll_back)
         app.post(f"{adapter_path}/pin")(self.pin)
         app.post(f"{adapter_path}/unpin")(self.unpin)
 

@@ -57,24 +57,24 @@ class JobRoutes:
         query = request.query_params
         page = await self._calls(
             self._tracking.page,
-            _visible_tenant(request),
+            visible_tenant(request),
             kinds=_choices(request, "kind", JobKind),
             states=_choices(request, "state", State),
             parent=query.get("parent"),
             after=query.get("after"),
             limit=page_limit(request, 20, 100),
         )
-        return _json(page)
+        return json_of(page)
 
     async def show(self, request: Request) -> Response:
         """One job."""
-        return _json(await self._calls(self._tracking.get, *_target(request)))
+        return json_of(await self._calls(self._tracking.get, *_target(request)))
 
     def _changer(self, action: wire.JobAction) -> Callable[[Request], object]:
         async def change(request: Request) -> Response:
             """Request a change of a job."""
             check_trainer(principal_of(request.scope))
-            return _json(await self._calls(self._tracking.change, *_target(request), action))
+            return json_of(await self._calls(self._tracking.change, *_target(request), action))
 
         return change
 
@@ -85,7 +85,7 @@ class JobRoutes:
             after = after or request.headers.get("last-event-id")
             feed = await self._calls(self._tracking.event_feed, *target, after)
             return await LineStream(feed, self._calls, lambda event: event.id).response(request)
-        return _json(
+        return json_of(
             await self._calls(self._tracking.events, *target, after=after, limit=page_limit(request, 100, 1000))
         )
 
@@ -106,23 +106,24 @@ class JobRoutes:
             names=request.query_params.getlist("name"),
             after_step=-1 if after_step is None else after_step,
         )
-        return _json(found)
+        return json_of(found)
 
     async def lineage(self, request: Request) -> Response:
         """What a job was made from, and what was made of it."""
-        return _json(await self._calls(self._tracking.lineage, *_target(request)))
+        return json_of(await self._calls(self._tracking.lineage, *_target(request)))
 
     async def queue(self, request: Request) -> Response:
         """Jobs and requests by state, and the jobs that wait."""
-        return _json(await self._calls(self._tracking.queue, _visible_tenant(request)))
+        return json_of(await self._calls(self._tracking.queue, visible_tenant(request)))
 
 
-def _json(answer: BaseModel) -> Response:
+def json_of(answer: BaseModel) -> Response:
+    """The response with a wire model."""
     # Not by JSONResponse: a loss that is not a number becomes null.
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _visible_tenant(request: Request) -> str | None:
+def visible_tenant(request: Request) -> str | None:
     """The tenant whose jobs the caller sees; None: all."""
     principal = principal_of(request.scope)
     return request.query_params.get("tenant") if principal.sees_all else principal.tenant

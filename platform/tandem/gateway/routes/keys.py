@@ -14,7 +14,9 @@ from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
 from tandem.auth.keys import KEY_ID
 from tandem.auth.model_names import unregistered
 from tandem.gateway.errors import ApiError
+from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import actor, run_blocking
+from tandem.gateway.routes.openapi.operations import IDEMPOTENCY_KEY
 from tandem.registry import Registry
 
 PAGE = 1000
@@ -36,9 +38,10 @@ class KeyRoutes:
         """Add the routes to the app of management routes."""
         key_path = "/keys/{id}"
         app.get("/keys")(self.list_keys)
-        app.post("/keys", status_code=201)(self.create)
+        once = {"parameters": [IDEMPOTENCY_KEY]}
+        app.post("/keys", status_code=201, openapi_extra=once)(self.create)
         app.get(key_path)(self.show)
-        app.post(f"{key_path}/rotate", status_code=201)(self.rotate)
+        app.post(f"{key_path}/rotate", status_code=201, openapi_extra=once)(self.rotate)
         app.post(f"{key_path}/revoke")(self.revoke)
 
     def close(self) -> None:
@@ -60,7 +63,10 @@ class KeyRoutes:
         return KeyList(data=[_to_key(key) for key in page], has_more=last_id is not None, last_id=last_id)
 
     async def create(self, creation: KeyCreation, request: Request, response: Response) -> CreatedKey:
-        """Make a key. Its secret is in this answer and in no other."""
+        """Make a key. Its secret is in this answer and in no other.
+
+        `Idempotency-Key`: sent again within 10 minutes, the request makes no second key; 409 names the first one.
+        """
         # Before the key is made: after it an error would lose the secret.
         warnings = await self._run(unregistered, self._registry, creation.models, self._served)
         new: NewKey = await self._run(
@@ -72,6 +78,7 @@ class KeyRoutes:
             limits=Limits(**creation.limits.model_dump()),
             expires_in=None if creation.expires_in_s is None else timedelta(seconds=creation.expires_in_s),
             **actor(request),
+            once=condition_of(request),
         )
         return _created_key(new, response, warnings)
 
@@ -86,9 +93,14 @@ class KeyRoutes:
         response: Response,
         rotation: KeyRotation | None = None,
     ) -> CreatedKey:
-        """Replace a key by a new one with the same rights; the old one is accepted for `overlap_s` more, a day by default."""
+        """Replace a key by a new one with the same rights; the old one is accepted for `overlap_s` more, a day by default.
+
+        `Idempotency-Key` as when a key is made.
+        """
         overlap = timedelta(seconds=(rotation or KeyRotation()).overlap_s)
-        new = await self._run(self._store.rotate, _valid_key_id(id), overlap=overlap, **actor(request))
+        new = await self._run(
+            self._store.rotate, _valid_key_id(id), overlap=overlap, **actor(request), once=condition_of(request)
+        )
         return _created_key(new, response, [])
 
     async def revoke(self, id: str, request: Request) -> Key:  # noqa: A002 - the parameter in the path

@@ -28,6 +28,7 @@ from tandem.errors import (
     ChangedMeanwhileError,
     ConfigError,
     JobError,
+    KeyMadeBeforeError,
     RegistryError,
     RegistryUnreachableError,
     StorageError,
@@ -118,6 +119,9 @@ async def run_blocking(
         ) from None
     except UnknownModelError as error:
         raise ApiError(404, str(error), code="model_not_found", param="name") from None
+    except KeyMadeBeforeError as error:
+        headers = {"x-should-retry": "false"}
+        raise ApiError(409, str(error), code="idempotency_conflict", param="Idempotency-Key", headers=headers) from None
     except UnknownKeyError as error:
         raise ApiError(404, str(error), code="key_not_found", param="id") from None
     except RegistryUnreachableError as error:

@@ -14,6 +14,7 @@ from tandem.gateway.errors import EXCEPTION_HANDLERS
 from tandem.gateway.identity.parts import Identity
 from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.routes.batches import BatchRoutes
+from tandem.gateway.routes.consumption import ConsumptionRoutes
 from tandem.gateway.routes.fine_tuning import FineTuningRoutes
 from tandem.gateway.routes.jobs import JobRoutes
 from tandem.gateway.work.batch_worker import BatchWorker
@@ -22,6 +23,7 @@ from tandem.gateway.work.calls import WorkCalls
 from tandem.gateway.work.webhooks import WebhookSender
 from tandem.jobs.batches.service import BatchService
 from tandem.jobs.fine_tuning.service import FineTuningService
+from tandem.jobs.tracking.capacity import CapacityRecords
 from tandem.jobs.tracking.logs import LogSource
 from tandem.jobs.tracking.queue_state import QueueState
 from tandem.jobs.tracking.service import JobTracking
@@ -29,6 +31,7 @@ from tandem.jobs.webhooks.deliveries import Deliveries
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
+from tandem.usage import UsageStore
 
 
 class Work:
@@ -48,6 +51,7 @@ class Work:
         """`name`: the gateway's. `model_routes`: by which requests of batches are answered. `run_logs`: see `create_app`."""
         self._store, self._queue, self._files = JobStore.at(address), ItemQueue.at(address), FileStore.at(address)
         self._queue_state = QueueState.at(address)
+        self._usage, self._capacity = UsageStore.at(address), CapacityRecords.at(address)
         self._calls = WorkCalls(config.retry_after_s)
         # Threads of their own: a cluster's dashboard may take long to answer.
         self._log_calls = WorkCalls(config.retry_after_s, "run-logs")
@@ -73,9 +77,11 @@ class Work:
             *BatchRoutes(batches, self._calls, self._config.batches).routes(),
             *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning).routes(),
             *JobRoutes(tracking, self._calls, self._log_calls).routes(),
+            *ConsumptionRoutes(self._usage, self._capacity, self._calls).routes(),
         ]
 
     def close(self) -> None:
         """End threads and connections."""
-        for closeable in (self._calls, self._log_calls, self._store, self._queue, self._queue_state, self._files):
+        stores = (self._store, self._queue, self._queue_state, self._files, self._usage, self._capacity)
+        for closeable in (self._calls, self._log_calls, *stores):
             closeable.close()

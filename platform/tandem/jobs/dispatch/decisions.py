@@ -20,6 +20,8 @@ class NodeAmounts:
     free: Amounts
     is_placeable: bool = True
     """Whether new work may be placed there: it is not cordoned, and does not leave."""
+    node_type: str = ""
+    """Of the nodes that are like it; empty: the cluster does not name any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

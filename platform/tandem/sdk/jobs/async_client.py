@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -142,6 +143,31 @@ class AsyncJobs:
     async def queue(self, *, tenant: str | None = None) -> wire.TandemQueue:
         """Jobs and requests by state, and the jobs that wait. `tenant`: of one alone, with an admin's key."""
         return await self._ask(requests.queue_request(tenant))
+
+    async def capacity(self, *, tenant: str | None = None) -> wire.TandemCapacity:
+        """CPUs and GPUs of the app's cluster, with the age of the figures. `tenant`: its share alone, with an admin's key."""
+        return await self._ask(requests.capacity_request(tenant))
+
+    async def usage(
+        self,
+        by: Sequence[str] = ("hour", "key_id", "model"),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str | None = None,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Sums of requests and tokens by the columns `by`, one after the other; by default of the last 30 days.
+
+        Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
+        """
+        offset = 0
+        while True:
+            page = await self._ask(requests.usage_request(by, since=since, until=until, tenant=tenant, offset=offset))
+            for each in page.data:
+                yield each
+            if not page.has_more:
+                return
+            offset += len(page.data)
 
     async def _ask(self, request: JobRequest[M]) -> M:
         with self._errors():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -135,6 +136,30 @@ class Jobs:
     def queue(self, *, tenant: str | None = None) -> wire.TandemQueue:
         """Jobs and requests by state, and the jobs that wait. `tenant`: of one alone, with an admin's key."""
         return self._ask(requests.queue_request(tenant))
+
+    def capacity(self, *, tenant: str | None = None) -> wire.TandemCapacity:
+        """CPUs and GPUs of the app's cluster, with the age of the figures. `tenant`: its share alone, with an admin's key."""
+        return self._ask(requests.capacity_request(tenant))
+
+    def usage(
+        self,
+        by: Sequence[str] = ("hour", "key_id", "model"),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Sums of requests and tokens by the columns `by`, one after the other; by default of the last 30 days.
+
+        Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
+        """
+        offset = 0
+        while True:
+            page = self._ask(requests.usage_request(by, since=since, until=until, tenant=tenant, offset=offset))
+            yield from page.data
+            if not page.has_more:
+                return
+            offset += len(page.data)
 
     def _ask(self, request: JobRequest[M]) -> M:
         with self._errors():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel
 
 from tandem.api import jobs as wire
+from tandem.api.usage import UsagePage
 
 M = TypeVar("M", bound=BaseModel)
-JOBS, QUEUE = "/tandem/jobs", "/tandem/queue"
+JOBS, QUEUE, CAPACITY, USAGE = "/tandem/jobs", "/tandem/queue", "/tandem/capacity", "/tandem/usage"
+USAGE_PAGE = 1000
 PAGE, EVENTS_PAGE = 100, 1000
 RECONNECTIONS = 5
 """Times in a row that a stream is asked for again without a new item."""
@@ -95,6 +98,26 @@ def lineage_request(job_id: str) -> JobRequest[wire.TandemLineage]:
 def queue_request(tenant: str | None) -> JobRequest[wire.TandemQueue]:
     """The queue."""
     return JobRequest(path=QUEUE, model=wire.TandemQueue, query={"tenant": tenant})
+
+
+def capacity_request(tenant: str | None) -> JobRequest[wire.TandemCapacity]:
+    """The capacity of the cluster."""
+    return JobRequest(path=CAPACITY, model=wire.TandemCapacity, query={"tenant": tenant})
+
+
+def usage_request(
+    by: Sequence[str], *, since: datetime | None, until: datetime | None, tenant: str | None, offset: int
+) -> JobRequest[UsagePage]:
+    """A page of sums of requests and tokens."""
+    query = {
+        "by": ",".join(by),
+        "since": since and since.isoformat(),
+        "until": until and until.isoformat(),
+        "tenant": tenant,
+        "offset": offset,
+        "limit": USAGE_PAGE,
+    }
+    return JobRequest(path=USAGE, model=UsagePage, query=query)
 
 
 def job_path(job_id: str) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tandem.batch.input import read, sources
+from tandem.batch.input import read, sources, unit_rows
 from tandem.batch.input.plan import Chunker, ChunkSize, Position, WorkUnit, units
 from tandem.batch.input.sources import Row
 from tandem.batch.models import BaseModel, ResolvedModel
@@ -58,7 +58,7 @@ def test_a_task_goes_through_its_file_once(
         places.append(position.place)
         return sources.rows_of(file, position)
 
-    monkeypatch.setattr(read, "rows_of", rows_of)
+    monkeypatch.setattr(unit_rows, "rows_of", rows_of)
     monkeypatch.setattr(read.ray, "get", lambda reference: reference)
     echo = ResolvedModel(BaseModel(id="echo", name="echo", path=""))
     work = WorkerContext(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from tandem.api import jobs as wire
+from tandem.api.usage import UsagePage
 from tandem.gateway.routes.openapi.operations import (
     AFTER,
     Model,
@@ -26,6 +27,8 @@ ANSWERS = (
     wire.TandemJobMetrics,
     wire.TandemLineage,
     wire.TandemQueue,
+    wire.TandemCapacity,
+    UsagePage,
 )
 TENANT = query("tenant", {"type": "string"}, "Jobs of this tenant alone; for admins, who see those of all")
 LAST_EVENT_ID = {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string"}}
@@ -59,7 +62,22 @@ def job_paths() -> Paths:
             "get": operation("retrieve_job_lineage", wire.TandemLineage, parameters=[job_id])
         },
         "/v1/tandem/queue": {"get": operation("retrieve_queue", wire.TandemQueue, parameters=[TENANT])},
+        "/v1/tandem/capacity": {"get": operation("retrieve_capacity", wire.TandemCapacity, parameters=[TENANT])},
+        "/v1/tandem/usage": {"get": operation("list_usage", UsagePage, parameters=_usage_parameters())},
     }
+
+
+def _usage_parameters() -> list[dict[str, Any]]:
+    by = "Columns with commas: hour, day, tenant, key_id, model, adapter, route"
+    time = {"type": "string", "format": "date-time"}
+    return [
+        query("by", {"type": "string", "maxLength": 100, "default": "hour,key_id,model"}, by),
+        query("since", time, "Without a zone in UTC; by default 30 days ago"),
+        query("until", time),
+        query("offset", {"type": "integer", "minimum": 0, "maximum": 2**31, "default": 0}),
+        limit(1000, 10_000),
+        TENANT,
+    ]
 
 
 def _events(job_id: dict[str, Any]) -> dict[str, Any]:
