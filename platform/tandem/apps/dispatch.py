@@ -25,6 +25,7 @@ from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.dispatch.scheduler import Scheduler
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
+from tandem.jobs.folder_import import FolderImport
 from tandem.jobs.folder_jobs import RUNNER as FOLDER_JOBS
 from tandem.jobs.runners.ray import RayRunner
 from tandem.jobs.work.queue import ItemQueue
@@ -95,7 +96,8 @@ def dispatch_jobs(
     }
     pending = ServePendingReplicas(scheduling.serving_level)
     scheduler = Scheduler(scheduling, functools.partial(read_history, store))
-    dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler)
+    chores = (FolderImport(store, client),)
+    dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
     releases = FileReleases(store, files)
     threading.Thread(target=releases.run, args=(stop,), name="file-releases", daemon=True).start()
     dispatcher.run(stop)

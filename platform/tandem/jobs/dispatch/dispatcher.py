@@ -13,10 +13,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tandem.errors import IllegalTransitionError, LeaseLostError, TandemError
 from tandem.jobs.dispatch import reconcile
+from tandem.jobs.dispatch.chores import Chore, Chores
 from tandem.jobs.dispatch.decisions import (
     Capacity,
     Decide,
@@ -52,9 +53,12 @@ class Dispatcher:
         capacity: Callable[[], Capacity],
         *,
         decide: Decide = first_come_first_served,
+        chores: Sequence[Chore] = (),
         lease_s: float = LEASE_S,
     ) -> None:
-        """`runners`: by the name that jobs give; a job that names another one fails. `capacity`: of the cluster, now."""
+        """`runners`: by the name that jobs give; a job that names another one fails. `capacity`: of the cluster, now.
+        `chores`: done while this process leads.
+        """
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._store = store
         self._leadership = Leadership(store.url, identity=store.identity, clock=store.clock)
@@ -62,6 +66,7 @@ class Dispatcher:
         self._runners = runners
         self._capacity = capacity
         self._decide = decide
+        self._chores = Chores(chores)
         self._lease_s = lease_s
         self._term: Term | None = None
         self._held: dict[str, Lease] = {}
@@ -108,6 +113,9 @@ class Dispatcher:
             self._keep_leases()
             self._reconcile(job)
         self._carry_out_decisions()
+        self._keep_leases()
+        if self._term is not None:
+            self._chores.run(self._term)
         return True
 
     def _lead(self) -> bool:
@@ -181,6 +189,9 @@ class Dispatcher:
                 runner.stop(job)
             case reconcile.AbandonRun():
                 runner.stop(job)
+                self._store.stopped(lease)
+            case reconcile.PauseStopped():
+                self._store.pause(job.id, reason=f"{job.run_name} was stopped from outside")
                 self._store.stopped(lease)
             case reconcile.RecordStopped(result=result):
                 self._store.stopped(lease, result)

@@ -110,4 +110,7 @@ def test_a_run_that_its_runner_has_forgotten_is_tried_again() -> None:
 
 def test_a_run_that_somebody_else_stopped_is_not_started_again_by_itself() -> None:
     step = next_step(job("a", state=State.RUNNING, handle="a.1"), "a.1", RunStatus(state=RunState.STOPPED))
+    assert step == reconcile.PauseStopped()
+    export = replace(job("a", state=State.RUNNING, handle="a.1"), kind=JobKind.EXPORT)
+    step = next_step(export, "a.1", RunStatus(state=RunState.STOPPED))
     assert step == reconcile.RecordFailed(error="a.1 was stopped from outside.", retryable=False)
