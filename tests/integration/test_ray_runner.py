@@ -38,15 +38,14 @@ def claimed(home: Path, name: str) -> Job:
     return replace(to_job(row), attempt=1)
 
 
-def client() -> JobClient:
-    found = running_cluster()
-    assert found is not None
-    return JobClient(found)
-
-
 def test_an_attempt_is_submitted_once_found_by_its_name_and_its_end_is_known(
     session_home: Path, cluster: LocalCluster
 ) -> None:
+    def client() -> JobClient:
+        found = running_cluster()
+        assert found is not None
+        return JobClient(found)
+
     job = claimed(session_home, "ray-runner-1")
     runner, other = RayRunner(client), RayRunner(client)
     assert runner.find(job) is None and runner.state(job.run_name) is None
@@ -63,15 +62,16 @@ def test_a_job_that_a_command_submits_is_followed_its_log_is_kept_and_a_second_s
     session_home: Path, cluster: LocalCluster, tmp_path: Path
 ) -> None:
     folder = JobFolder(session_home / "jobs" / claimed(session_home, "by-command-1").id)
+    command = JobClient(cluster)
     url = f"sqlite:///{tmp_path}/tandem.db"
     open_database(url, create=True).dispose()
     with JobStore(url) as store:
-        importer = FolderImport(store, client)
+        importer = FolderImport(store, lambda: command)
         importer.every_s = 0.0
-        runners = {"ray": RayRunner(client)}
+        runners = {"ray": RayRunner(lambda: command)}
         dispatcher = Dispatcher(store, runners, lambda: Capacity(cpus=2.0), chores=(importer,))
         for attempt in (1, 2):
-            submission = client().submit(folder)
+            submission = command.submit(folder)
             assert submission == f"{folder.id}.{attempt}" and dispatcher.round()
             job = store.get(folder.id)
             assert (job.state, job.handle, job.attempt) == (State.RUNNING, submission, attempt)

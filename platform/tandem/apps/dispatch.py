@@ -79,7 +79,26 @@ def dispatch_jobs(
     """Dispatch the jobs in a registry's database until `stop` is set."""
     if stop.wait(START_AFTER_S):
         return
-    store, files = JobStore.at(registry), FileStore.at(registry)
+    with JobStore.at(registry) as store, FileStore.at(registry) as files, ItemQueue.at(registry) as queue:
+        dispatcher = make_dispatcher(registry, files_config, batches, scheduling, store, files, queue)
+        releases = threading.Thread(
+            target=FileReleases(store, files).run, args=(stop,), name="file-releases", daemon=True
+        )
+        releases.start()
+        dispatcher.run(stop)
+        releases.join()
+
+
+def make_dispatcher(
+    registry: RegistryAddress,
+    files_config: FilesConfig,
+    batches: BatchesConfig,
+    scheduling: SchedulingConfig,
+    store: JobStore,
+    files: FileStore,
+    queue: ItemQueue,
+) -> Dispatcher:
+    """The dispatcher of an app's cluster, with its runners, scheduler and chores."""
     contents = ContentStore.open(registry.identity, files_config.location)
     client = functools.partial(job_client, registry)
     runners: dict[str, Runner] = {
@@ -87,7 +106,7 @@ def dispatch_jobs(
         FINE_TUNING: FineTuningRunner(client, files, contents, files_config.tenant_bytes),
         BATCHES: BatchRunner(
             store,
-            ItemQueue.at(registry),
+            queue,
             files,
             contents,
             tenant_bytes=files_config.tenant_bytes,
@@ -97,10 +116,7 @@ def dispatch_jobs(
     pending = ServePendingReplicas(scheduling.serving_level)
     scheduler = Scheduler(scheduling, functools.partial(read_history, store))
     chores = (FolderImport(store, client),)
-    dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
-    releases = FileReleases(store, files)
-    threading.Thread(target=releases.run, args=(stop,), name="file-releases", daemon=True).start()
-    dispatcher.run(stop)
+    return Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
 
 
 class FileReleases:
