@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -13,12 +14,14 @@ from tandem.apps.cluster_view import ServePendingReplicas, capacity
 from tandem.cluster.local import Cluster
 from tandem.config import FilesConfig, SchedulingConfig
 from tandem.config.serving.batches import BatchesConfig
+from tandem.config.serving.jobs import JobsConfig
 from tandem.errors import ClusterError, TandemError, UnknownJobError
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import RUNNER as BATCHES
 from tandem.jobs.client import JobClient
+from tandem.jobs.dispatch.chores import Chore
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.history import read_history
 from tandem.jobs.dispatch.runner import Runner
@@ -29,6 +32,7 @@ from tandem.jobs.folder_import import FolderImport
 from tandem.jobs.folder_jobs import RUNNER as FOLDER_JOBS
 from tandem.jobs.runners.ray import RayRunner
 from tandem.jobs.work.queue import ItemQueue
+from tandem.jobs.work.retention import JobRetention, Retention
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
 from tandem.serve.directory import Directory
@@ -52,13 +56,14 @@ class ControlPlane(Directory):
         files: FilesConfig,
         batches: BatchesConfig,
         scheduling: SchedulingConfig,
+        jobs: JobsConfig,
         tls: bool = True,
     ) -> None:
         super().__init__(None, registry, None, tls)
         self._stop = threading.Event()
         threading.Thread(
             target=dispatch_jobs,
-            args=(registry, files, batches, scheduling, self._stop),
+            args=(registry, files, batches, scheduling, jobs, self._stop),
             name="dispatcher",
             daemon=True,
         ).start()
@@ -74,13 +79,23 @@ def dispatch_jobs(
     files_config: FilesConfig,
     batches: BatchesConfig,
     scheduling: SchedulingConfig,
+    jobs: JobsConfig,
     stop: threading.Event,
 ) -> None:
     """Dispatch the jobs in a registry's database until `stop` is set."""
     if stop.wait(START_AFTER_S):
         return
-    with JobStore.at(registry) as store, FileStore.at(registry) as files, ItemQueue.at(registry) as queue:
-        dispatcher = make_dispatcher(registry, files_config, batches, scheduling, store, files, queue)
+    with contextlib.ExitStack() as stores:
+        store, files = stores.enter_context(JobStore.at(registry)), stores.enter_context(FileStore.at(registry))
+        queue, retention = stores.enter_context(ItemQueue.at(registry)), stores.enter_context(JobRetention.at(registry))
+        runners = make_runners(registry, files_config, batches, store, files, queue)
+        keep_s = None if jobs.keep_days is None else jobs.keep_days * 86400
+        chores: list[Chore] = [FolderImport(store, functools.partial(job_client, registry), keep_s=keep_s)]
+        if keep_s is not None:
+            chores.append(Retention(retention, keep_s))
+        pending = ServePendingReplicas(scheduling.serving_level)
+        scheduler = Scheduler(scheduling, functools.partial(read_history, store))
+        dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
         releases = threading.Thread(
             target=FileReleases(store, files).run, args=(stop,), name="file-releases", daemon=True
         )
@@ -89,19 +104,18 @@ def dispatch_jobs(
         releases.join()
 
 
-def make_dispatcher(
+def make_runners(
     registry: RegistryAddress,
     files_config: FilesConfig,
     batches: BatchesConfig,
-    scheduling: SchedulingConfig,
     store: JobStore,
     files: FileStore,
     queue: ItemQueue,
-) -> Dispatcher:
-    """The dispatcher of an app's cluster, with its runners, scheduler and chores."""
+) -> dict[str, Runner]:
+    """The runners of an app's cluster, by the names that jobs give."""
     contents = ContentStore.open(registry.identity, files_config.location)
     client = functools.partial(job_client, registry)
-    runners: dict[str, Runner] = {
+    return {
         FOLDER_JOBS: RayRunner(client),
         FINE_TUNING: FineTuningRunner(client, files, contents, files_config.tenant_bytes),
         BATCHES: BatchRunner(
@@ -113,10 +127,6 @@ def make_dispatcher(
             max_attempts=batches.max_attempts,
         ),
     }
-    pending = ServePendingReplicas(scheduling.serving_level)
-    scheduler = Scheduler(scheduling, functools.partial(read_history, store))
-    chores = (FolderImport(store, client),)
-    return Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
 
 
 class FileReleases:

@@ -8,6 +8,7 @@ submission is not a job yet.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,10 +63,15 @@ class FolderImport:
 
     every_s = LOOK_EVERY_S
 
-    def __init__(self, store: JobStore, cluster: Callable[[], Submissions]) -> None:
-        """`cluster`: the one of the dispatcher's runners, as it is now."""
+    def __init__(self, store: JobStore, cluster: Callable[[], Submissions], *, keep_s: float | None = None) -> None:
+        """`cluster`: the one of the dispatcher's runners, as it is now.
+
+        `keep_s`: seconds without a change after which a folder that the store does not know is left out: its job may have been
+        deleted (`jobs.work.retention`). None: no folder is.
+        """
         self._store = store
         self._cluster = cluster
+        self._keep_s = math.inf if keep_s is None else keep_s
         self._seen: dict[Path, tuple[_Watch, _Signature]] = {}
 
     def run(self, term: Term | None) -> bool:
@@ -73,7 +79,7 @@ class FolderImport:
         changed = list(self._changed())
         read, left = changed[:FOLDERS_OF_LOOK], changed[FOLDERS_OF_LOOK:]
         known = self._store.known([folder.id for folder in read]) if read else {}
-        look = _Look(self._store, self._cluster, term)
+        look = _Look(self._store, self._cluster, term, self._keep_s)
         for folder in read:
             before = {watch: _signature(folder.path, watch) for watch in _Watch}
             try:
@@ -100,10 +106,11 @@ class FolderImport:
 class _Look:
     """One look: the cluster is asked once, and only where a folder needs it."""
 
-    def __init__(self, store: JobStore, cluster: Callable[[], Submissions], term: Term | None) -> None:
+    def __init__(self, store: JobStore, cluster: Callable[[], Submissions], term: Term | None, keep_s: float) -> None:
         self._store = store
         self._open = cluster
         self._term = term
+        self._keep_s = keep_s
         self._opened: tuple[Submissions, Mapping[str, JobState]] | None = None
 
     def take(self, folder: Folder, job: Job | None) -> _Watch:
@@ -124,6 +131,8 @@ class _Look:
         has_no_end = live is None and run.state is State.PAUSED
         if has_no_end and _written_s_ago(folder) < SILENT_S:
             return _Watch.NOTHING
+        if job is None and run.state is not State.RUNNING and _written_s_ago(folder) > self._keep_s:
+            return _Watch.SUBMISSIONS
         self._write(folder, job, run)
         if live is not None and live.over:
             keep_attempt_log(self._cluster[0], folder, submission)

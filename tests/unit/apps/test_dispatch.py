@@ -13,6 +13,7 @@ import pytest
 from tandem.apps import dispatch
 from tandem.config import FilesConfig, SchedulingConfig
 from tandem.config.serving.batches import BatchesConfig
+from tandem.config.serving.jobs import JobsConfig
 from tandem.jobs.work.leader import DISPATCHER, Leadership
 from tandem.registry import Registry
 
@@ -43,7 +44,7 @@ def test_without_jobs_no_cluster_is_asked_and_at_the_end_no_connection_is_left(
     monkeypatch.setattr(dispatch, "START_AFTER_S", 0.0)
     stop = threading.Event()
     with Registry.open() as registry:
-        arguments = (registry.address, FilesConfig(), BatchesConfig(), SchedulingConfig(), stop)
+        arguments = (registry.address, FilesConfig(), BatchesConfig(), SchedulingConfig(), JobsConfig(), stop)
     assert open_databases(tandem_home) == []
     thread = threading.Thread(target=dispatch.dispatch_jobs, args=arguments)
     with caplog.at_level(logging.WARNING):

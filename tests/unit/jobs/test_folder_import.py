@@ -225,6 +225,16 @@ def test_a_job_of_the_store_is_not_imported_a_second_time(
     assert claimed is not None and claimed.run_name == "own-1.2", "the name of the attempt before is taken"
 
 
+def test_folders_of_jobs_that_were_deleted_after_their_time_are_not_imported_again(
+    store: JobStore, commands: CommandLine, tandem_home: Path
+) -> None:
+    for name, days in (("old-1", 31), ("recent-1", 29), ("running-1", 31)):
+        age(make_job(tandem_home, name, STARTED).path, days * 86400.0)
+    commands.submitted["running-1.1"] = JobState.RUNNING
+    FolderImport(store, lambda: commands, keep_s=30 * 86400.0).run(None)
+    assert {job.id for job in store.page().jobs} == {"recent-1", "running-1"}
+
+
 def test_a_run_of_another_cluster_is_recorded_at_its_end_or_when_it_has_long_been_silent(
     store: JobStore, importer: FolderImport, tandem_home: Path
 ) -> None:
