@@ -26,6 +26,8 @@ from tandem.jobs.work.records import Job
 from tandem.jobs.work.rows import job_values, to_job
 from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
+from tandem.observability.events import Failed
+from tandem.sdk.slurm_attempt import run_attempt
 
 
 def claimed(home: Path, name: str) -> Job:
@@ -82,3 +84,13 @@ def test_a_job_that_a_command_submits_is_followed_its_log_is_kept_and_a_second_s
             assert failed.state is State.FAILED and failed.error is not None and "no-such-data" in failed.error
             assert "no-such-data" in log_path(folder.path, attempt).read_text()
         dispatcher.close()
+
+
+def test_an_attempt_of_a_slurm_job_runs_a_prepared_folder_on_the_cluster_of_the_job(
+    session_home: Path, cluster: LocalCluster
+) -> None:
+    folder = JobFolder(session_home / "jobs" / claimed(session_home, "on-slurm-1").id)
+    assert run_attempt(folder.id) != 0
+    failed = folder.last(Failed)
+    assert failed is not None and "no-such-data" in failed.error
+    assert [each["id"] for each in folder.submissions()] == ["on-slurm-1.1"]

@@ -12,6 +12,7 @@ import ray
 
 from tandem.apps.cluster_view import ServePendingReplicas, capacity
 from tandem.cluster.local import Cluster
+from tandem.cluster.slurm.site import read_site
 from tandem.config import FilesConfig, SchedulingConfig
 from tandem.config.serving.batches import BatchesConfig
 from tandem.config.serving.jobs import JobsConfig
@@ -28,9 +29,11 @@ from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.dispatch.scheduler import Scheduler
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
+from tandem.jobs.fine_tuning.stored import SLURM_RUNNER as SLURM
 from tandem.jobs.folder_import import FolderImport
 from tandem.jobs.folder_jobs import RUNNER as FOLDER_JOBS
 from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.runners.slurm import SlurmRunner
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.retention import JobRetention, Retention
 from tandem.jobs.work.store import JobStore
@@ -117,7 +120,8 @@ def make_runners(
     client = functools.partial(job_client, registry)
     return {
         FOLDER_JOBS: RayRunner(client),
-        FINE_TUNING: FineTuningRunner(client, files, contents, files_config.tenant_bytes),
+        FINE_TUNING: FineTuningRunner(RayRunner(client), files, contents, files_config.tenant_bytes),
+        SLURM: FineTuningRunner(SlurmRunner(read_site), files, contents, files_config.tenant_bytes),
         BATCHES: BatchRunner(
             store,
             queue,

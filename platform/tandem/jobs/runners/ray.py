@@ -13,6 +13,7 @@ from collections.abc import Callable
 from tandem.errors import JobError, TandemError, sentence
 from tandem.jobs.client import JobClient
 from tandem.jobs.dispatch.runner import RunState, RunStatus
+from tandem.jobs.fine_tuning.folder import training_folder
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import SweepFolder
 from tandem.jobs.tracking.logs import LogSource, keep_log
@@ -88,7 +89,7 @@ class RayRunner:
         sweep = SweepFolder(settings().sweeps_dir / job_id)
         if kind is JobKind.SWEEP or (kind is None and sweep.path.is_dir()):
             return sweep
-        return JobFolder(settings().jobs_dir / job_id)
+        return training_folder(job_id)
 
 
 def keep_attempt_log(client: LogSource, folder: Folder, handle: str) -> None:
