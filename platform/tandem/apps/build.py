@@ -87,7 +87,8 @@ def application(planned: AppPlan) -> serve.Application:
     """The Serve application of a plan. Its replicas are placed on nodes that are not cordoned now."""
     config, registry = planned.app.config, planned.app.registry
     selector = placement_selector()
-    control_args = (registry, config.gateway.files, config.gateway.batches, config.scheduling, config.internal_tls)
+    work = (config.gateway.files, config.gateway.batches, config.scheduling, config.jobs)
+    control_args = (registry, *work, config.internal_tls)
     # There must be one directory at a time: the old one ends first, and gateways keep the replicas that they know.
     directory = _deployment(
         ControlPlane,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -11,24 +12,31 @@ import ray
 
 from tandem.apps.cluster_view import ServePendingReplicas, capacity
 from tandem.cluster.local import Cluster
+from tandem.cluster.slurm.site import read_site
 from tandem.config import FilesConfig, SchedulingConfig
 from tandem.config.serving.batches import BatchesConfig
+from tandem.config.serving.jobs import JobsConfig
 from tandem.errors import ClusterError, TandemError, UnknownJobError
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import RUNNER as BATCHES
 from tandem.jobs.client import JobClient
+from tandem.jobs.dispatch.chores import Chore
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.history import read_history
 from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.dispatch.scheduler import Scheduler
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
+from tandem.jobs.fine_tuning.stored import SLURM_RUNNER as SLURM
+from tandem.jobs.folder_import import FolderImport
 from tandem.jobs.folder_jobs import RUNNER as FOLDER_JOBS
 from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.runners.slurm import SlurmRunner
 from tandem.jobs.tracking.capacity import CapacityRecorder, CapacityRecords
 from tandem.jobs.work.queue import ItemQueue
+from tandem.jobs.work.retention import JobRetention, Retention
 from tandem.jobs.work.store import JobStore
 from tandem.registry import RegistryAddress
 from tandem.serve.directory import Directory
@@ -52,13 +60,14 @@ class ControlPlane(Directory):
         files: FilesConfig,
         batches: BatchesConfig,
         scheduling: SchedulingConfig,
+        jobs: JobsConfig,
         tls: bool = True,
     ) -> None:
         super().__init__(None, registry, None, tls)
         self._stop = threading.Event()
         threading.Thread(
             target=dispatch_jobs,
-            args=(registry, files, batches, scheduling, self._stop),
+            args=(registry, files, batches, scheduling, jobs, self._stop),
             name="dispatcher",
             daemon=True,
         ).start()
@@ -74,33 +83,59 @@ def dispatch_jobs(
     files_config: FilesConfig,
     batches: BatchesConfig,
     scheduling: SchedulingConfig,
+    jobs: JobsConfig,
     stop: threading.Event,
 ) -> None:
     """Dispatch the jobs in a registry's database until `stop` is set."""
     if stop.wait(START_AFTER_S):
         return
-    store, files = JobStore.at(registry), FileStore.at(registry)
+    with contextlib.ExitStack() as stores:
+        store, files = stores.enter_context(JobStore.at(registry)), stores.enter_context(FileStore.at(registry))
+        queue, retention = stores.enter_context(ItemQueue.at(registry)), stores.enter_context(JobRetention.at(registry))
+        runners = make_runners(registry, files_config, batches, store, files, queue)
+        keep_s = None if jobs.keep_days is None else jobs.keep_days * 86400
+        pending = ServePendingReplicas(scheduling.serving_level)
+        records = stores.enter_context(CapacityRecords.at(registry))
+        chores: list[Chore] = [
+            FolderImport(store, functools.partial(job_client, registry), keep_s=keep_s),
+            CapacityRecorder(lambda: capacity(pending), store, records, scheduling),
+        ]
+        if keep_s is not None:
+            chores.append(Retention(retention, keep_s))
+        scheduler = Scheduler(scheduling, functools.partial(read_history, store))
+        dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
+        releases = threading.Thread(
+            target=FileReleases(store, files).run, args=(stop,), name="file-releases", daemon=True
+        )
+        releases.start()
+        dispatcher.run(stop)
+        releases.join()
+
+
+def make_runners(
+    registry: RegistryAddress,
+    files_config: FilesConfig,
+    batches: BatchesConfig,
+    store: JobStore,
+    files: FileStore,
+    queue: ItemQueue,
+) -> dict[str, Runner]:
+    """The runners of an app's cluster, by the names that jobs give."""
     contents = ContentStore.open(registry.identity, files_config.location)
     client = functools.partial(job_client, registry)
-    runners: dict[str, Runner] = {
+    return {
         FOLDER_JOBS: RayRunner(client),
-        FINE_TUNING: FineTuningRunner(client, files, contents, files_config.tenant_bytes),
+        FINE_TUNING: FineTuningRunner(RayRunner(client), files, contents, files_config.tenant_bytes),
+        SLURM: FineTuningRunner(SlurmRunner(read_site), files, contents, files_config.tenant_bytes),
         BATCHES: BatchRunner(
             store,
-            ItemQueue.at(registry),
+            queue,
             files,
             contents,
             tenant_bytes=files_config.tenant_bytes,
             max_attempts=batches.max_attempts,
         ),
     }
-    pending = ServePendingReplicas(scheduling.serving_level)
-    scheduler = Scheduler(scheduling, functools.partial(read_history, store))
-    recorded = CapacityRecorder(lambda: capacity(pending), store, CapacityRecords.at(registry), scheduling)
-    dispatcher = Dispatcher(store, runners, recorded, decide=scheduler)
-    releases = FileReleases(store, files)
-    threading.Thread(target=releases.run, args=(stop,), name="file-releases", daemon=True).start()
-    dispatcher.run(stop)
 
 
 class FileReleases:

@@ -77,7 +77,7 @@ class JobClient:
         if running := self.running(job):
             return running
         is_given = submission is not None
-        submission = submission or f"{job.id}.{len(job.submissions()) + 1}"
+        submission = submission or f"{job.id}.{job.last_attempt() + 1}"
         python = sys.executable if self.cluster.local else "python"
         variables = {
             "TANDEM_HOME": str(settings().root),
@@ -103,12 +103,17 @@ class JobClient:
         def submit() -> None:
             if (is_given or next(calls)) and self._state(submission) is not None:
                 return  # a call before this one was received, and its answer lost
-            self._ray.submit_job(
-                entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
-                submission_id=submission,
-                runtime_env=runtime_env,
-                metadata={"tandem_job": job.id},
-            )
+            try:
+                self._ray.submit_job(
+                    entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
+                    submission_id=submission,
+                    runtime_env=runtime_env,
+                    metadata={"tandem_job": job.id},
+                )
+            except RuntimeError:
+                # The dispatcher may have submitted the same attempt at the same time.
+                if (state := self._state(submission)) is None or state.over:
+                    raise
 
         self._ask(submit)
         if all(each["id"] != submission for each in job.submissions()):
@@ -127,6 +132,14 @@ class JobClient:
             if "status code 404" in str(error):
                 return None
             raise ClusterError(f"Ray's dashboard at {self.cluster.dashboard_url} refused: {error}") from error
+
+    def states(self) -> dict[str, JobState]:
+        """States of all submissions that the cluster knows, by their ids; ClusterError where the dashboard fails to say."""
+        try:
+            found = self._ask(self._ray.list_jobs)
+        except RuntimeError as error:
+            raise ClusterError(f"Ray's dashboard at {self.cluster.dashboard_url} refused: {error}") from error
+        return {info.submission_id: _STATES[str(info.status.value)] for info in found if info.submission_id}
 
     def _state(self, submission: str) -> JobState | None:
         try:

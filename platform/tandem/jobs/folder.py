@@ -108,6 +108,12 @@ class RunFolder:
             return []
         return [s for s in submissions if isinstance(s, dict)] if isinstance(submissions, list) else []
 
+    def last_attempt(self) -> int:
+        """Number of the newest submission, which ends its id; 0: there was none."""
+        submissions = self.submissions()
+        number = str(submissions[-1]["id"]).rpartition(".")[2] if submissions else "0"
+        return int(number) if number.isdecimal() else len(submissions)
+
     def add_submission(self, submission_id: str, dashboard_url: str) -> None:
         """Record a submission to a cluster."""
         entry = {"id": submission_id, "dashboard_url": dashboard_url, "time": time.time()}

@@ -1,4 +1,4 @@
-"""Folder jobs in the database: the submission that a job's or sweep's folder stands for, and the import of those of before.
+"""Folder jobs in the database: the submission that a job's or sweep's folder stands for, and the run that it tells of.
 
 The id of such a job is a hash of its content (docs/adr/0002-jobs-by-content.md), so it is the same in the folder, in the database
 and, with the number of the attempt behind it, on the Ray cluster.
@@ -7,22 +7,17 @@ and, with the number of the attempt behind it, on the Ray cluster.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import yaml
 
 from tandem.config import worker_counts
-from tandem.errors import TandemError
 from tandem.ids import digest
-from tandem.jobs.folder import JobFolder, JobState, RunFolder, job_folders
-from tandem.jobs.sweep import SweepFolder, sweep_folders
+from tandem.jobs.folder import JobFolder, JobState
+from tandem.jobs.sweep import SweepFolder
 from tandem.jobs.work.records import JobSubmission, PastRun, Resources
 from tandem.jobs.work.states import JobKind, State
-from tandem.jobs.work.store import JobStore
 from tandem.observability import codec
 from tandem.observability.events import Event, Failed, Finished, Started, Stopped, SweepFinished, SweepStarted
 
@@ -37,44 +32,10 @@ _STATES = {
     JobState.FAILED: State.FAILED,
 }
 
-log = logging.getLogger(__name__)
-
-Live = Callable[[RunFolder], JobState | None]
-"""State of a folder's newest submission on the cluster; None: it is not there."""
+Folder = JobFolder | SweepFolder
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Imported:
-    """Result of an import."""
-
-    added: int
-    known: int
-    """Jobs that were in the database already: they are left as they are."""
-    unreadable: tuple[Path, ...]
-    """Folders whose files this release cannot read."""
-
-
-def import_folders(store: JobStore, live: Live = lambda _: None) -> Imported:
-    """Record the jobs and sweeps in TANDEM_HOME, oldest first, each once.
-
-    Without `live` those that have not ended count as stopped: they are paused. With it, those that run on the cluster are
-    recorded as running, and the dispatcher adopts them.
-    """
-    added, known = 0, 0
-    unreadable: list[Path] = []
-    folders: list[JobFolder | SweepFolder] = [*job_folders(), *sweep_folders()]
-    for folder in sorted(folders, key=_created_at):
-        try:
-            is_new = store.record(folder_submission(folder), _past_run(folder, live(folder)))
-        except (TandemError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s was not imported: %s", folder.path, error)
-            unreadable.append(folder.path)
-            continue
-        added, known = added + is_new, known + (not is_new)
-    return Imported(added=added, known=known, unreadable=tuple(unreadable))
-
-
-def folder_submission(folder: JobFolder | SweepFolder) -> JobSubmission:
+def folder_submission(folder: Folder) -> JobSubmission:
     """The submission of a prepared job or sweep."""
     if isinstance(folder, SweepFolder):
         plan = folder.plan()
@@ -83,6 +44,7 @@ def folder_submission(folder: JobFolder | SweepFolder) -> JobSubmission:
             id=folder.id,
             name=plan.name,
             spec=json.loads((folder.path / "sweep.json").read_text()),
+            tenant=_tenant_of_trials(folder),
             content_hash=digest(folder.id),
             runner=RUNNER,
             # Its trials are jobs of their own, with their workers.
@@ -99,8 +61,10 @@ def folder_submission(folder: JobFolder | SweepFolder) -> JobSubmission:
             "worker_counts": worker_counts(config),
             "workers_per_node": parallel.tensor,
         },
+        tenant=config.tenant or "",
         content_hash=digest(folder.id),
         runner=RUNNER,
+        parent=None if config.extends is None else config.extends.job,
         resources=Resources(
             cpus_per_worker=parallel.cpus_per_worker,
             gpus_per_worker=parallel.gpus_per_worker,
@@ -110,7 +74,19 @@ def folder_submission(folder: JobFolder | SweepFolder) -> JobSubmission:
     )
 
 
-def _past_run(folder: JobFolder | SweepFolder, live: JobState | None) -> PastRun:
+def _tenant_of_trials(sweep: SweepFolder) -> str:
+    """All trials have the same; folders of trials may have been deleted."""
+    for job in sweep.jobs():
+        if (job.path / "config.yaml").exists():
+            return job.config().tenant or ""
+    return ""
+
+
+def past_run(folder: Folder, live: JobState | None) -> PastRun:
+    """The newest attempt, by the folder's files; `live`: state of its submission on the cluster, None: it is not there.
+
+    An attempt without an end, which is not on the cluster, counts as stopped: the job is paused.
+    """
     events, submissions = folder.typed_events(), folder.submissions()
     state = _STATES[_state(folder, live)]
     start = next(_times(events, Started, SweepStarted), None)
@@ -120,18 +96,17 @@ def _past_run(folder: JobFolder | SweepFolder, live: JobState | None) -> PastRun
     created_at = _created_at(folder)
     return PastRun(
         state=state,
-        attempt=len(submissions),
+        attempt=folder.last_attempt(),
         handle=str(submissions[-1]["id"]) if submissions else None,
         created_at=created_at,
         started_at=start,
         ended_at=(end or created_at) if state.ended else None,
         error=None if failed is None else failed.error,
         result=None if finished is None else codec.to_json(finished),
-        events=tuple(events),
     )
 
 
-def _state(folder: JobFolder | SweepFolder, live: JobState | None) -> JobState:
+def _state(folder: Folder, live: JobState | None) -> JobState:
     if isinstance(folder, JobFolder):
         return folder.summary(live).state
     if folder.finished():
@@ -143,7 +118,7 @@ def _state(folder: JobFolder | SweepFolder, live: JobState | None) -> JobState:
     return JobState.STOPPED if folder.submissions() else JobState.NEW
 
 
-def _created_at(folder: JobFolder | SweepFolder) -> datetime:
+def _created_at(folder: Folder) -> datetime:
     name = "sweep.json" if isinstance(folder, SweepFolder) else "config.yaml"
     return datetime.fromtimestamp((folder.path / name).stat().st_mtime, UTC)
 

@@ -7,15 +7,14 @@ import json
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tandem.cluster.slurm.folder import Connection, find
+from tandem.cluster.slurm.site import read_site as read_site
 from tandem.cluster.ssh import SshConnection
 from tandem.cluster.tunnel import AppEndedError, Target, Tunnel, in_background
-from tandem.config.load import apply_overrides, from_dict, read_yaml
+from tandem.config.load import from_dict
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.settings import settings
@@ -24,21 +23,6 @@ FOLLOW_S = 3.0
 """Seconds between two looks of a tunnel at where its job stands."""
 PROBE_S = 3.0
 """Seconds within which a node has to accept a connection to count as reachable."""
-
-
-def read_site(path: Path | None = None, overrides: Sequence[str] = ()) -> SlurmSite:
-    """The site's config: of the file, else of slurm.yaml in TANDEM_HOME, else all defaults.
-
-    ConfigError if a file that was named is not there.
-    """
-    return from_dict(SlurmSite, site_values(path, overrides))
-
-
-def site_values(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as it was written, not checked."""
-    own = settings().root / "slurm.yaml"
-    values: dict[str, Any] = read_yaml(path) if path is not None else read_yaml(own) if own.exists() else {}
-    return apply_overrides(values, overrides)
 
 
 @dataclass(frozen=True, slots=True)

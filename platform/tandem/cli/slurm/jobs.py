@@ -17,7 +17,7 @@ from rich.table import Table
 from tandem.cli.slurm.setup import setup_command
 from tandem.cli.slurm.show import show_connection, summary
 from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption
-from tandem.cli.slurm.submit import submit_app, tandem_words
+from tandem.cli.slurm.submit import submit_app
 from tandem.cli.slurm.tunnel import tunnel_command
 from tandem.cli.support.findings import Finding, show_findings
 from tandem.cli.support.shell import friendly_errors
@@ -25,6 +25,7 @@ from tandem.cli.sweep import say_swept
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import JobFolder, find, folders
 from tandem.cluster.slurm.script import container_words, exports, preparation, resource_options, source
+from tandem.cluster.slurm.submission import tandem_words
 from tandem.errors import ClusterError, ConfigError
 from tandem.jobs.sweep import find_sweep
 from tandem.sdk.console import console
@@ -202,6 +203,15 @@ def trial_command(
         from tandem.sdk.slurm_sweep import run_trial
 
         raise SystemExit(run_trial(sweep, number))
+
+
+@slurm_app.command("attempt", hidden=True)
+def attempt_command(job: Annotated[str, typer.Argument(help="The id of a job with a folder.")]) -> None:
+    """Run a prepared job on the cluster at RAY_ADDRESS; Slurm jobs of the dispatcher call this."""
+    with friendly_errors():
+        from tandem.sdk.slurm_attempt import run_attempt
+
+        raise SystemExit(run_attempt(job))
 
 
 @slurm_app.command("node", hidden=True)

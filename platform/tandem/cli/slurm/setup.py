@@ -14,12 +14,12 @@ import tandem
 from tandem.cli.slurm.site import SetOption, SiteOption
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import setup
+from tandem.cluster.slurm.site import site_values
 from tandem.cluster.ssh import SshConnection, connected
 from tandem.config.load import from_dict
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ConfigError
 from tandem.sdk.console import console
-from tandem.sdk.slurm import site_values
 
 CHECK_S = 900.0
 """Seconds for the check; a compute node has to become free for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from dataclasses import replace
 from typing import Annotated
@@ -26,12 +25,13 @@ from tandem.cli.sweep import (
 )
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import JobFolder, Submission, find
-from tandem.cluster.slurm.script import RUNTIME_PREFIX, JobRequest, exports, render
+from tandem.cluster.slurm.script import exports, render
+from tandem.cluster.slurm.submission import make_request, write_files
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.console import console
 from tandem.sdk.slurm import read_site
-from tandem.settings import settings, variable
+from tandem.settings import settings
 
 POLL_S = 1.0
 
@@ -155,15 +155,14 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
         commands.require()
     submission = replace(submission, time=site.time)
     folder = JobFolder(home / "slurm" / "example") if dry_run else JobFolder.create(home, submission)
-    request = _request(submission, folder, site)
+    request = make_request(submission, folder, site)
     script = render(site, request)
     if dry_run:
         typer.echo(script)
         typer.echo(f"# {folder.environment}, which nobody else can read:")
         typer.echo("\n".join(f"# {line}" for line in exports(site, request.variables, hidden=True)))
         return
-    folder.write_environment(exports(site, request.variables))
-    folder.script.write_text(script)
+    write_files(request, site)
     for number in submission.tasks:
         single = replace(folder.submission(), command=(*submission.command, str(number)), tasks=(), tasks_at_once=0)
         folder.create_task(number, single)
@@ -176,35 +175,6 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
     console.print(f"Job {job_id} is submitted. Its script and output are in {escape(str(folder.path))}.")
     if not detach:
         _wait(folder, job_id)
-
-
-def _request(submission: Submission, folder: JobFolder, site: SlurmSite) -> JobRequest:
-    found = settings()
-    variables = {
-        "TANDEM_HOME": str(found.root),
-        # One for each job: nodes may be shared.
-        "TANDEM_RUNTIME_DIR": f"/tmp/{RUNTIME_PREFIX}{folder.name[-6:]}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder.token),
-        # Workers notice within this many seconds that the head has gone. The default, 60, would keep the allocation for a minute.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or "1",
-    }
-    if found.database_url:
-        variables["TANDEM_DATABASE_URL"] = found.database_url
-    return JobRequest(
-        submission=submission,
-        folder=folder,
-        tandem=tandem_words(site),
-        variables=variables,
-        home=found.root,
-    )
-
-
-def tandem_words(site: SlurmSite) -> tuple[str, ...]:
-    """The `tandem` command on the nodes: of this environment, or of the image where it has a Python of its own."""
-    python = site.container.python if site.container is not None else None
-    return (python or sys.executable, "-m", "tandem")
 
 
 def _wait(folder: JobFolder, job_id: str) -> None:

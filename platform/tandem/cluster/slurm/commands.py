@@ -29,6 +29,8 @@ class JobState:
     """Why it waits or has failed, in Slurm's word."""
     nodes: str = ""
     ends_at: datetime | None = None
+    exit_status: int | None = None
+    """Of the batch script; None: not known."""
 
     @property
     def waits(self) -> bool:
@@ -89,7 +91,44 @@ def parse_job(answer: str) -> JobState:
         reason="" if fields.get("Reason") in (None, "None") else fields["Reason"],
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
         ends_at=_time(fields.get("EndTime", "")),
+        exit_status=_status(fields.get("ExitCode", "")),
     )
+
+
+def find_job(name: str) -> str | None:
+    """Slurm's id of the newest job of this user with a name; None: neither the controller nor accounting knows one."""
+    listed = _run(["squeue", "--noheader", "--me", "--states=all", f"--name={name}", "--format=%i"]).split()
+    if not listed and shutil.which("sacct") is not None:
+        # Many sites keep no accounting: the controller's memory of some minutes is then all there is.
+        listed = _accounting([f"--name={name}", "--format=JobIDRaw"]).split()
+    return max(listed, key=int) if listed else None
+
+
+def past_state(job_id: str) -> JobState | None:
+    """What accounting says of a job that the controller has forgotten; None where that is nothing."""
+    if shutil.which("sacct") is None:
+        return None
+    lines = _accounting([f"--jobs={job_id}", "--format=JobIDRaw,State,ExitCode"]).splitlines()
+    if not lines:
+        return None
+    # `CANCELLED by 1000`.
+    found, state, code = [*lines[-1].split("|"), "", ""][:3]
+    return JobState(job_id=found, state=state.partition(" ")[0], exit_status=_status(code))
+
+
+def _accounting(options: Sequence[str]) -> str:
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--starttime=now-60days", *options]
+    try:
+        return _run(command)
+    except ClusterError as error:
+        if "accounting" in str(error).lower():
+            return ""
+        raise
+
+
+def warn(job_id: str) -> None:
+    """Send a running job the signal that precedes its time limit: it saves and ends."""
+    _run(["scancel", "--batch", "--signal=USR1", job_id])
 
 
 def run_step(arguments: Sequence[str], words: Sequence[str], *, timeout_s: float) -> str:
@@ -111,6 +150,12 @@ def cancel(job_id: str) -> None:
 def extend(job_id: str, minutes: int) -> None:
     """Give a running job more time. Most sites let only operators do so; ClusterError with Slurm's words where it is refused."""
     _run(["scontrol", "update", f"JobId={job_id}", f"TimeLimit=+{minutes}"])
+
+
+def _status(text: str) -> int | None:
+    """Slurm prints STATUS:SIGNAL."""
+    status = text.partition(":")[0]
+    return int(status) if status.isdecimal() else None
 
 
 def _time(text: str) -> datetime | None:

@@ -21,6 +21,8 @@ from tandem.storage import write_atomic
 T = TypeVar("T")
 
 STOP_FILE = "stop"
+LEAVE_FILE = "leave"
+"""Exists where a job that is told to end must not be queued again."""
 TIME_LIMIT, USER = "time-limit", "user"
 """Reasons why a run is told to end."""
 HEARTBEAT_S = 10.0
@@ -116,10 +118,10 @@ class JobFolder:
     path: Path
 
     @classmethod
-    def create(cls, home: Path, submission: Submission) -> JobFolder:
-        """A new folder below `home`, with a token for the job's Ray cluster."""
+    def create(cls, home: Path, submission: Submission, name: str | None = None) -> JobFolder:
+        """A new folder below `home`, with a token for the job's Ray cluster; `name`: None: one that is new."""
         started = datetime.now(UTC)
-        folder = cls(home / "slurm" / f"{submission.kind}-{started:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}")
+        folder = cls(home / "slurm" / (name or f"{submission.kind}-{started:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"))
         make_private_folder(folder.path)
         check_private_folder(folder.path)
         write_atomic(folder.token, secrets.token_hex(32), mode=0o600)

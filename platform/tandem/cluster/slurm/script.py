@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.cluster.slurm.folder import STOP_FILE, TIME_LIMIT, JobFolder, Submission
+from tandem.cluster.slurm.folder import LEAVE_FILE, STOP_FILE, TIME_LIMIT, JobFolder, Submission
 from tandem.config.slurm import ContainerConfig, SlurmSite
 
 REQUEUE_STATUS = 75
@@ -66,7 +66,8 @@ def render(site: SlurmSite, request: JobRequest) -> str:
         'while [ "$status" -gt 128 ] && kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done',
     ]
     if request.requeue:
-        lines += [f'if [ "$status" -eq {REQUEUE_STATUS} ]; then scontrol requeue "$SLURM_JOB_ID"; fi']
+        is_wanted = f'[ "$status" -eq {REQUEUE_STATUS} ] && [ ! -e {request.node_folder}/{LEAVE_FILE} ]'
+        lines += [f'if {is_wanted}; then scontrol requeue "$SLURM_JOB_ID"; fi']
     return "\n".join([*lines, 'exit "$status"', ""])
 
 

@@ -12,6 +12,7 @@ from tandem.config.serving.batches import BatchesConfig
 from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.files import FilesConfig
 from tandem.config.serving.fine_tuning import FineTuningConfig
+from tandem.config.serving.jobs import JobsConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
 from tandem.config.serving.stored import StoredConfig
@@ -265,6 +266,8 @@ class ServeConfig:
     listen: ListenConfig = field(default_factory=ListenConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     """Of the jobs that clients create. Of several apps on one database, that of the app which dispatches counts."""
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    """Likewise."""
     app: str = "tandem"
     """Name of the Serve application."""
     drain_timeout_s: float = 600.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.config import check
 from tandem.config.scheduling import duration_s, with_quoted_durations
+from tandem.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,10 @@ class FineTuningConfig:
 
     enabled: bool = True
     """Whether keys with the role trainer or admin can create jobs."""
+    runner: str = "ray"
+    """Where jobs run: `ray`, on the app's cluster, or `slurm`, as jobs of the Slurm cluster of `slurm.yaml` in TANDEM_HOME."""
+    nodes: int = 1
+    """Nodes of a job on Slurm, which share its workers."""
     workers: int = 1
     """Training processes of a job."""
     min_workers: int | None = None
@@ -46,6 +52,22 @@ class FineTuningConfig:
 
     def __post_init__(self) -> None:
         check.at_least("gateway.fine_tuning.workers", self.workers, 1)
+        check.one_of("gateway.fine_tuning.runner", self.runner, ("ray", "slurm"))
+        check.at_least("gateway.fine_tuning.nodes", self.nodes, 1)
+        if self.runner == "ray" and self.nodes > 1:
+            raise ConfigError(
+                "gateway.fine_tuning.nodes is for runner: slurm; Ray chooses the nodes of its jobs. Unset it."
+            )
+        if self.workers % self.nodes:
+            nearest = self.nodes * max(1, round(self.workers / self.nodes))
+            raise ConfigError(
+                f"gateway.fine_tuning.workers ({self.workers}) must be a multiple of nodes ({self.nodes}). The nearest that "
+                f"works is {nearest}."
+            )
+        if self.runner == "slurm" and self.min_workers is not None:
+            raise ConfigError(
+                "gateway.fine_tuning.min_workers is for runner: ray; a Slurm job keeps its nodes. Unset it."
+            )
         if self.min_workers is not None:
             check.between("gateway.fine_tuning.min_workers", self.min_workers, 1, self.workers)
         if self.time_limit is not None:
@@ -56,6 +78,11 @@ class FineTuningConfig:
         check.at_least("gateway.fine_tuning.max_epochs", self.max_epochs, 1)
         check.one_of("gateway.fine_tuning.precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
         check.at_least("gateway.fine_tuning.learning_rate", self.learning_rate, 1e-12)
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that a job on Slurm needs on each node."""
+        return math.ceil(self.workers // self.nodes * self.gpus_per_worker)
 
     @property
     def worker_counts(self) -> list[int]:

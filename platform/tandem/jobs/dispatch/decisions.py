@@ -79,16 +79,21 @@ class Wait:
 
 
 Decision = Start | Preempt | Resize | Expire | Wait
-Decide = Callable[[Sequence[Job], Sequence[Job], Capacity, datetime], Sequence[Decision]]
-"""(waiting, running, capacity, now) -> decisions. Jobs that wait come most urgent first."""
+AskCapacity = Callable[[], Capacity]
+"""The capacity of the cluster; of several calls for one decision the first asks the cluster."""
+Decide = Callable[[Sequence[Job], Sequence[Job], AskCapacity, datetime], Sequence[Decision]]
+"""(waiting, running, ask for the capacity, now) -> decisions. Jobs that wait come most urgent first."""
 
 
 def first_come_first_served(
-    waiting: Sequence[Job], running: Sequence[Job], capacity: Capacity, now: datetime
+    waiting: Sequence[Job], running: Sequence[Job], ask_capacity: AskCapacity, now: datetime
 ) -> list[Decision]:
     """Start jobs in their order, with as many workers as fit. The first that has to wait keeps those behind it waiting too, so
     that a large job is not passed for ever; one that the whole cluster could not hold delays nobody.
     """
+    if not waiting:
+        return []
+    capacity = ask_capacity()
     decisions: list[Decision] = []
     free_cpus = capacity.cpus - sum(job.resources.cpus_per_worker * (job.workers or 1) for job in running)
     free_gpus = capacity.gpus - sum(job.resources.gpus_per_worker * (job.workers or 1) for job in running)

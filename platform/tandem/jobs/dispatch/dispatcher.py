@@ -7,18 +7,20 @@ not started is started by the next leader, one that was started is found by its 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 from tandem.errors import IllegalTransitionError, LeaseLostError, TandemError
 from tandem.jobs.dispatch import reconcile
+from tandem.jobs.dispatch.chores import Chore, Chores
 from tandem.jobs.dispatch.decisions import (
-    Capacity,
+    AskCapacity,
     Decide,
     Expire,
     Preempt,
@@ -49,12 +51,15 @@ class Dispatcher:
         self,
         store: JobStore,
         runners: Mapping[str, Runner],
-        capacity: Callable[[], Capacity],
+        capacity: AskCapacity,
         *,
         decide: Decide = first_come_first_served,
+        chores: Sequence[Chore] = (),
         lease_s: float = LEASE_S,
     ) -> None:
-        """`runners`: by the name that jobs give; a job that names another one fails. `capacity`: of the cluster, now."""
+        """`runners`: by the name that jobs give; a job that names another one fails. `capacity`: of the cluster, now;
+        asked where a decision needs it.        `chores`: done while this process leads.
+        """
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._store = store
         self._leadership = Leadership(store.url, identity=store.identity, clock=store.clock)
@@ -62,6 +67,7 @@ class Dispatcher:
         self._runners = runners
         self._capacity = capacity
         self._decide = decide
+        self._chores = Chores(chores)
         self._lease_s = lease_s
         self._term: Term | None = None
         self._held: dict[str, Lease] = {}
@@ -72,7 +78,17 @@ class Dispatcher:
         """Monotonic clock."""
 
     def run(self, stop: threading.Event, *, poll_s: float = POLL_S) -> None:
-        """Rounds until `stop` is set; then the lead goes to another process at once. Jobs go on running."""
+        """Rounds until `stop` is set; then the lead goes to another process at once, and the dispatcher's connections are closed.
+
+        Jobs go on running.
+        """
+        try:
+            self._rounds(stop, poll_s)
+            self.resign()
+        finally:
+            self.close()
+
+    def _rounds(self, stop: threading.Event, poll_s: float) -> None:
         while not stop.is_set():
             try:
                 self.round()
@@ -83,7 +99,6 @@ class Dispatcher:
                 # The database or the cluster is away: later it may answer.
                 log.warning("%s", error)
             stop.wait(poll_s if self._has_jobs else IDLE_POLLS * poll_s)
-        self.resign()
 
     def resign(self) -> None:
         """Let another process lead at once."""
@@ -108,6 +123,9 @@ class Dispatcher:
             self._keep_leases()
             self._reconcile(job)
         self._carry_out_decisions()
+        self._keep_leases()
+        if self._term is not None:
+            self._chores.run(self._term)
         return True
 
     def _lead(self) -> bool:
@@ -182,6 +200,9 @@ class Dispatcher:
             case reconcile.AbandonRun():
                 runner.stop(job)
                 self._store.stopped(lease)
+            case reconcile.PauseStopped():
+                self._store.pause(job.id, reason=f"{job.run_name} was stopped from outside")
+                self._store.stopped(lease)
             case reconcile.RecordStopped(result=result):
                 self._store.stopped(lease, result)
             case None:
@@ -204,7 +225,7 @@ class Dispatcher:
         by_id = {job.id: job for job in (*waiting, *running)}
         self._has_jobs = bool(by_id)
         reasons: dict[str, str] = {}
-        for decision in self._decide(waiting, running, self._capacity(), self._store.now()):
+        for decision in self._decide(waiting, running, functools.cache(self._capacity), self._store.now()):
             match decision:
                 case Start(job_id=job_id, workers=workers):
                     self._keep_leases()

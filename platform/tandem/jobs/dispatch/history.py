@@ -16,7 +16,7 @@ _KEEPS_RESIZE = frozenset({Action.STOPPED, Action.STARTED})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunHistory:
-    """What the attempts of a job used, since it was last requeued after an end."""
+    """What the attempts of a job used, since it was last requeued after an end, or started by a command."""
 
     ran_s: float = 0.0
     """Run time of the attempts that have ended."""
@@ -47,7 +47,7 @@ def history_of(events: Iterable[NumberedEvent]) -> RunHistory:
             continue
         time_s = event.time or 0.0
         is_active = State(event.to_state).active
-        if event.action == Action.REQUEUE:
+        if event.action in (Action.REQUEUE, Action.ADOPT):
             ran_s, preemptions = 0.0, 0
         if event.action == Action.PREEMPT:
             preemptions += 1

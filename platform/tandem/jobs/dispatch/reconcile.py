@@ -12,7 +12,7 @@ from typing import Any
 
 from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.work.records import Job
-from tandem.jobs.work.states import State
+from tandem.jobs.work.states import Action, State, is_legal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,12 @@ class RecordStopped:
     """Of what was done by then."""
 
 
-Step = StartRun | RecordStarted | RecordFinished | RecordFailed | StopRun | AbandonRun | RecordStopped
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseStopped:
+    """Record a job as paused that somebody stopped at its runner."""
+
+
+Step = PauseStopped | StartRun | RecordStarted | RecordFinished | RecordFailed | StopRun | AbandonRun | RecordStopped
 
 
 def next_step(job: Job, handle: str | None, status: RunStatus | None) -> Step | None:
@@ -89,10 +94,15 @@ def next_step(job: Job, handle: str | None, status: RunStatus | None) -> Step | 
         case RunState.STOPPED:
             if job.state.leaving:
                 return RecordStopped(result=status.result if status is not None else None)
-            # Whoever stopped it did not mean it to be started again; `requeue` does that.
-            return RecordFailed(error=f"{job.run_name} was stopped from outside.", retryable=False)
+            # Whoever stopped it, such as `tandem train stop`, did not mean it to start again by itself: its command or `resume`
+            # does that.
+            return PauseStopped() if is_legal(job.kind, job.state, Action.PAUSE) else _stopped_from_outside(job)
         case RunState.FAILED:
             assert status is not None
             return RecordFailed(
                 error=status.error or f"{job.run_name} failed.", retryable=status.retryable, result=status.result
             )
+
+
+def _stopped_from_outside(job: Job) -> Step:
+    return RecordFailed(error=f"{job.run_name} was stopped from outside.", retryable=False)

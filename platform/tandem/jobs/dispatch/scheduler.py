@@ -46,17 +46,21 @@ class Scheduler:
         self._nodes: list[Node] | None = None
 
     def __call__(
-        self, waiting: Sequence[Job], running: Sequence[Job], capacity: actions.Capacity, now: datetime
+        self, waiting: Sequence[Job], running: Sequence[Job], ask_capacity: actions.AskCapacity, now: datetime
     ) -> list[actions.Decision]:
         """See `decisions.Decide`."""
         # The database's clock may be set back.
         self._now_s = max(self._now_s, now.timestamp())
         active = {job.id: job for job in running}
         queued = {job.id: job for job in waiting if job.id not in active}
-        found: list[actions.Decision] = []
         self._remove_others(active, queued)
+        if all(worker_of(job).is_empty for job in (*active.values(), *queued.values())):
+            # No job holds or needs any of the cluster: nothing can give way to serving either.
+            self.state.replace_serving(())
+            return list(self._follow_queue(queued))
+        capacity = ask_capacity()
         self._follow_runs(active, capacity)
-        found += self._follow_queue(queued)
+        found = list(self._follow_queue(queued))
         self.state.replace_serving(capacity.pending_replicas)
         self._set_nodes(capacity)
         return [*found, *self._decide()]

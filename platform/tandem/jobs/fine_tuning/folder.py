@@ -41,6 +41,12 @@ class FineTuningFolder(JobFolder):
         return read_spec(self.path)
 
 
+def training_folder(job_id: str) -> JobFolder:
+    """The folder of a training job, of a fine-tuning job too."""
+    path = settings().jobs_dir / job_id
+    return FineTuningFolder(path) if (path / SPEC).exists() else JobFolder(path)
+
+
 def read_spec(folder: Path) -> FineTuningSpec:
     """The specification in a job's folder."""
     return from_dict(FineTuningSpec, json.loads((folder / SPEC).read_text()))

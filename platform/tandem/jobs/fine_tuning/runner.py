@@ -1,8 +1,7 @@
-"""Runner of fine-tuning jobs: Ray Jobs whose results file is stored for the client."""
+"""Runner of fine-tuning jobs: training jobs whose results file is stored for the client."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from tandem.files.content import ContentStore
@@ -10,57 +9,55 @@ from tandem.files.outputs import write_output
 from tandem.files.records import Purpose
 from tandem.files.store import FileStore
 from tandem.ids import fingerprint
-from tandem.jobs.client import JobClient
-from tandem.jobs.dispatch.runner import RunState, RunStatus
-from tandem.jobs.fine_tuning.folder import FineTuningFolder
+from tandem.jobs.dispatch.runner import Runner, RunState, RunStatus
+from tandem.jobs.fine_tuning.folder import FineTuningFolder, training_folder
 from tandem.jobs.fine_tuning.reports import results_csv
-from tandem.jobs.fine_tuning.stored import create_folder
-from tandem.jobs.runners.ray import RayRunner
+from tandem.jobs.fine_tuning.stored import create_folder, is_fine_tuning
 from tandem.jobs.work.records import Job, split_run_name
-from tandem.jobs.work.states import JobKind
 from tandem.registry.conditions import Condition
-from tandem.settings import settings
 
 
-class FineTuningRunner(RayRunner):
-    """See `tandem.jobs.dispatch.runner.Runner`. Handles are Ray's submission ids."""
+class FineTuningRunner:
+    """See `tandem.jobs.dispatch.runner.Runner`: another runner of training jobs, for fine-tuning jobs."""
 
-    def __init__(
-        self, client: Callable[[], JobClient], files: FileStore, contents: ContentStore, tenant_bytes: int
-    ) -> None:
-        """`client`: of the cluster as it is now. `tenant_bytes`: of the files of one tenant at most."""
-        super().__init__(client)
+    def __init__(self, runner: Runner, files: FileStore, contents: ContentStore, tenant_bytes: int) -> None:
+        """`runner`: what runs the job's folder. `tenant_bytes`: of the files of one tenant at most."""
+        self._runner = runner
         self._files = files
         self._contents = contents
         self._tenant_bytes = tenant_bytes
 
     def start(self, job: Job) -> str:
         """See `Runner`."""
-        create_folder(job)
-        return super().start(job)
+        if is_fine_tuning(job):
+            create_folder(job)
+        return self._runner.start(job)
+
+    def find(self, job: Job) -> str | None:
+        """See `Runner`."""
+        return self._runner.find(job)
 
     def state(self, handle: str) -> RunStatus | None:
         """See `Runner`. The result names the results file, which is written now unless it was before."""
-        status = super().state(handle)
-        if status is None or status.state is not RunState.FINISHED:
+        status = self._runner.state(handle)
+        folder = training_folder(split_run_name(handle)[0])
+        if status is None or status.state is not RunState.FINISHED or not isinstance(folder, FineTuningFolder):
             return status
-        return replace(
-            status, result={**(status.result or {}), "result_files": [self._results_file(split_run_name(handle)[0])]}
-        )
+        return replace(status, result={**(status.result or {}), "result_files": [self._results_file(folder)]})
 
-    def _results_file(self, job_id: str) -> str:
-        folder = self._folder(job_id)
+    def stop(self, job: Job) -> None:
+        """See `Runner`."""
+        self._runner.stop(job)
+
+    def _results_file(self, folder: FineTuningFolder) -> str:
         record = write_output(
             self._files,
             self._contents,
             [results_csv(folder.typed_events()).encode()],
             tenant=folder.spec().tenant or "",
             purpose=Purpose.FINE_TUNE_RESULTS,
-            filename=f"{job_id}-results.csv",
+            filename=f"{folder.id}-results.csv",
             quota_bytes=self._tenant_bytes,
-            once=Condition(once=fingerprint(f"results of {job_id}")),
+            once=Condition(once=fingerprint(f"results of {folder.id}")),
         )
         return record.id
-
-    def _folder(self, job_id: str, kind: JobKind | None = None) -> FineTuningFolder:
-        return FineTuningFolder(settings().jobs_dir / job_id)

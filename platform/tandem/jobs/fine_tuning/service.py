@@ -15,7 +15,7 @@ from tandem.files.records import FileRecord, FileStatus, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.file_jobs import submit_with_files
 from tandem.jobs.fine_tuning.reports import checkpoints
-from tandem.jobs.fine_tuning.stored import RUNNER, TYPE, hyperparameters_of, is_fine_tuning
+from tandem.jobs.fine_tuning.stored import RUNNER, SLURM_RUNNER, TYPE, hyperparameters_of, is_fine_tuning
 from tandem.jobs.fine_tuning.view import PREFIX, checkpoint_to_wire, events_to_wire, job_to_wire
 from tandem.jobs.work.records import Job, JobSubmission, Resources
 from tandem.jobs.work.states import REQUESTED, Action, JobKind
@@ -73,7 +73,7 @@ class FineTuningService:
             spec=self._spec(creation, base, files),
             tenant=tenant,
             key_id=key_id,
-            runner=RUNNER,
+            runner=SLURM_RUNNER if self._platform.runner == "slurm" else RUNNER,
             idempotency_key=idempotency_key,
             resources=self._resources(),
         )
@@ -152,10 +152,15 @@ class FineTuningService:
             "platform": to_dict(replace(self._platform, rank=min(self._platform.rank, base.max_rank))),
             "scheduling": {"priority": self._platform.priority, "time_limit": self._platform.time_limit},
             "worker_counts": self._platform.worker_counts,
+            "nodes": self._platform.nodes,
+            "gpus_per_node": self._platform.gpus_per_node,
         }
 
     def _resources(self) -> Resources:
         platform = self._platform
+        if platform.runner == "slurm":
+            # Slurm has nodes of its own: none of this cluster's are taken.
+            return Resources(cpus_per_worker=0.0, min_workers=platform.workers, max_workers=platform.workers)
         return Resources(
             cpus_per_worker=platform.cpus_per_worker,
             gpus_per_worker=platform.gpus_per_worker,

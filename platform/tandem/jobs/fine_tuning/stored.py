@@ -16,7 +16,9 @@ from tandem.jobs.work.records import Job
 TYPE = "fine_tuning"
 """`type` in the specification of such jobs."""
 RUNNER = "fine_tuning"
-"""Name of the runner that such jobs give."""
+"""Name of the runner that such jobs give, to run as Ray Jobs."""
+SLURM_RUNNER = "slurm"
+"""Likewise, to run as Slurm jobs."""
 
 
 def is_fine_tuning(job: Job) -> bool:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from tandem.errors import JobError, TandemError, sentence
 from tandem.jobs.client import JobClient
 from tandem.jobs.dispatch.runner import RunState, RunStatus
+from tandem.jobs.fine_tuning.folder import training_folder
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import SweepFolder
-from tandem.jobs.tracking.logs import keep_log
+from tandem.jobs.tracking.logs import LogSource, keep_log
 from tandem.jobs.work.records import Job, split_run_name
 from tandem.jobs.work.states import JobKind
 from tandem.observability import codec
@@ -62,14 +63,14 @@ class RayRunner:
             case JobState.PENDING | JobState.RUNNING:
                 return RunStatus(state=RunState.RUNNING)
             case JobState.STOPPED:
-                _keep_log(client, folder, handle)
+                keep_attempt_log(client, folder, handle)
                 return RunStatus(state=RunState.STOPPED)
             case JobState.FINISHED:
-                _keep_log(client, folder, handle)
+                keep_attempt_log(client, folder, handle)
                 end = folder.finished()
                 return RunStatus(state=RunState.FINISHED, result=None if end is None else codec.to_json(end))
             case JobState.FAILED:
-                _keep_log(client, folder, handle)
+                keep_attempt_log(client, folder, handle)
                 # A driver that ends by itself says why; its own supervision has tried again what was worth it.
                 was_killed = client.was_killed(folder, handle)
                 failed = folder.last(Failed)
@@ -88,10 +89,10 @@ class RayRunner:
         sweep = SweepFolder(settings().sweeps_dir / job_id)
         if kind is JobKind.SWEEP or (kind is None and sweep.path.is_dir()):
             return sweep
-        return JobFolder(settings().jobs_dir / job_id)
+        return training_folder(job_id)
 
 
-def _keep_log(client: JobClient, folder: Folder, handle: str) -> None:
+def keep_attempt_log(client: LogSource, folder: Folder, handle: str) -> None:
     """Copy the log of an attempt that has ended into the job's folder. The end counts without it."""
     attempt = split_run_name(handle)[1]
     if not attempt.isdecimal():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +10,7 @@ from tandem.api import jobs as wire
 from tandem.config import SchedulingConfig
 from tandem.db.inserts import insert_into
 from tandem.db.schema import CapacityRow
-from tandem.errors import ClusterError, TandemError
+from tandem.errors import ClusterError
 from tandem.jobs.dispatch.decisions import Capacity, NodeAmounts
 from tandem.jobs.dispatch.requests import worker_of
 from tandem.jobs.scheduling.from_config import tenants
@@ -20,22 +18,22 @@ from tandem.jobs.scheduling.records import Tenant
 from tandem.jobs.scheduling.resources import Resources
 from tandem.jobs.scheduling.shares import quota
 from tandem.jobs.work.connection import WorkConnection
-from tandem.jobs.work.leader import DISPATCHER
+from tandem.jobs.work.leader import DISPATCHER, Term, check_term
 from tandem.jobs.work.records import Job
 from tandem.jobs.work.store import JobStore
 
 RECORD_S = 10.0
-"""Seconds between two records, at least."""
-
-log = logging.getLogger(__name__)
+"""Seconds between two records."""
 
 
 class CapacityRecords(WorkConnection):
     """The newest record of a database."""
 
-    def record(self, content: dict[str, Any]) -> None:
-        """Replace the record by one of now."""
+    def record(self, content: dict[str, Any], term: Term | None = None) -> None:
+        """Replace the record by one of now; LeaseLostError unless the term, if one is given, is the newest."""
         with self._transaction() as (session, now):
+            if term is not None:
+                check_term(session, term)
             values = {"role": DISPATCHER, "at": now, "content": content}
             statement = insert_into(session, CapacityRow).values(**values)
             session.execute(statement.on_conflict_do_update(index_elements=["role"], set_=values))
@@ -56,7 +54,9 @@ class CapacityRecords(WorkConnection):
 
 
 class CapacityRecorder:
-    """Passes on what a cluster has, and records it. The dispatcher asks only while it leads."""
+    """See `tandem.jobs.dispatch.chores.Chore`."""
+
+    every_s = RECORD_S
 
     def __init__(
         self, capacity: Callable[[], Capacity], store: JobStore, records: CapacityRecords, config: SchedulingConfig
@@ -65,18 +65,12 @@ class CapacityRecorder:
         self._store = store
         self._records = records
         self._config = config
-        self._recorded_at: float | None = None
 
-    def __call__(self) -> Capacity:
-        """The capacity now. A record that fails is made later: jobs do not wait for it."""
-        found, now = self._capacity(), time.monotonic()
-        if self._recorded_at is None or now - self._recorded_at >= RECORD_S:
-            self._recorded_at = now
-            try:
-                self._records.record(content_of(found.nodes, self._store.active(), self._config))
-            except TandemError as error:
-                log.warning("The capacity could not be recorded: %s", error)
-        return found
+    def run(self, term: Term | None) -> bool:
+        """Record what the cluster has now; False, as nothing is left."""
+        content = content_of(self._capacity().nodes, self._store.active(), self._config)
+        self._records.record(content, term)
+        return False
 
 
 def content_of(nodes: Iterable[NodeAmounts], jobs: Iterable[Job], config: SchedulingConfig) -> dict[str, Any]:

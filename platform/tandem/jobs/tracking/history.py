@@ -40,9 +40,7 @@ class JobHistory:
 
         `line`: one that was returned before with the position, from which the journal is read on.
         """
-        # An import copied the journal into the database; what the journal still has is not told twice.
-        copied = self._copied() if self._has_journal else 0
-        states = self._store.events(self._job_id, after=max(after.states, copied), limit=limit)
+        states = self._store.events(self._job_id, after=after.states, limit=limit)
         lines = self._lines(line, after.lines, limit)
         placed = merge(after, states, [NumberedEvent(each.number, event) for each, event in lines], limit)
         reached = placed[-1].position.lines if placed else after.lines
@@ -76,16 +74,6 @@ class JobHistory:
                     found.append((line, event))
             last, number = page[-1], page[-1].number
         return found[:limit]
-
-    def _copied(self) -> int:
-        """Number of the newest event that an import copied from the journal; 0 for a job that was submitted."""
-        after, limit = 0, 1
-        while page := self._store.events(self._job_id, after=after, limit=limit):
-            for number, event in page:
-                if isinstance(event, StateChanged):
-                    return number - 1 if event.action == "import" else 0
-            after, limit = page[-1].number, PAGE
-        return 0
 
 
 @dataclass(slots=True)

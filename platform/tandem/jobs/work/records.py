@@ -110,7 +110,7 @@ def split_run_name(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PastRun:
-    """The history of a job that ran before it was in the database."""
+    """The newest attempt of a job that was started without the database, by a command."""
 
     state: State
     attempt: int
@@ -121,7 +121,6 @@ class PastRun:
     ended_at: datetime | None
     error: str | None
     result: Mapping[str, Any] | None
-    events: tuple[Event, ...]
 
 
 class Submitted(NamedTuple):

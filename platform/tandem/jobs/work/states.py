@@ -46,7 +46,7 @@ class State(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether the work is over; only `requeue` makes another state of it."""
+        """Whether the work is over; only `requeue` and `adopt` make another state of it."""
         return self in ENDED
 
     @property
@@ -77,6 +77,8 @@ class Action(StrEnum):
     """The deadline has passed."""
     REQUEUE = "requeue"
     """Once more, after an end without success."""
+    ADOPT = "adopt"
+    """A command has started it, without the dispatcher."""
 
     START = "start"
     """A dispatcher or worker has claimed it."""
@@ -171,6 +173,8 @@ _JOB: dict[State, dict[Action, State]] = {
     State.FINISHED: {},
     **{state: {Action.REQUEUE: State.QUEUED} for state in (State.FAILED, State.CANCELLED, State.EXPIRED, State.DEAD)},
 }
+for _state in (State.QUEUED, State.HELD, State.PAUSED, *sorted(ENDED)):
+    _JOB[_state][Action.ADOPT] = State.RUNNING
 # A worker that holds an item learns of its end when it renews the lease, so that no state between is needed.
 _ITEM: dict[State, dict[Action, State]] = {
     State.QUEUED: {
@@ -206,10 +210,10 @@ _NO_CHANGE: dict[Action, frozenset[State]] = {
 _NEVER: dict[JobKind, frozenset[Action]] = {
     JobKind.TRAIN: frozenset(),
     JobKind.SWEEP: frozenset(),
-    JobKind.BATCH: frozenset(),
+    JobKind.BATCH: frozenset({Action.ADOPT}),
     # They have no checkpoint. An evaluation starts again from its beginning when it is preempted; an export is short.
-    JobKind.EVALUATE: frozenset({Action.PAUSE, Action.RESUME}),
-    JobKind.EXPORT: frozenset({Action.PAUSE, Action.RESUME, Action.PREEMPT}),
+    JobKind.EVALUATE: frozenset({Action.PAUSE, Action.RESUME, Action.ADOPT}),
+    JobKind.EXPORT: frozenset({Action.PAUSE, Action.RESUME, Action.PREEMPT, Action.ADOPT}),
     JobKind.GENERATE: frozenset({Action.PAUSE, Action.RESUME, Action.PREEMPT, Action.STARTED, Action.STOPPED}),
 }
 """Actions that a kind does not have."""
@@ -231,7 +235,9 @@ def next_state(kind: JobKind, state: State, action: Action) -> State:
     target = TRANSITIONS[kind].get((state, action))
     if target is None:
         legal = sorted(
-            each for (before, each), after in TRANSITIONS[kind].items() if before is state and after is not state
+            each
+            for (before, each), after in TRANSITIONS[kind].items()
+            if before is state and after is not state and each is not Action.ADOPT
         )
         raise IllegalTransitionError(
             f"{action.value!r} is not possible for work of kind {kind.value!r} in state {state.value!r}. "

@@ -104,6 +104,11 @@ class JobStore(JobSubmissions, JobRuns):
                 raise unknown_job(job_id)
             return to_job(row)
 
+    def known(self, ids: Collection[str]) -> dict[str, Job]:
+        """Those of some jobs that there are, by id."""
+        with self._reading() as session:
+            return {row.id: to_job(row) for row in session.scalars(select(JobRow).where(JobRow.id.in_(ids)))}
+
     def page(
         self,
         *,

@@ -15,11 +15,29 @@ from tandem.errors import IdempotencyConflictError, JobError
 from tandem.ids import fingerprint
 from tandem.jobs.work.connection import WorkConnection
 from tandem.jobs.work.event_log import append_events
+from tandem.jobs.work.leader import Term, check_term
 from tandem.jobs.work.records import JobSubmission, PastRun, Submitted
 from tandem.jobs.work.rows import job_values, request_digest, to_job
 from tandem.jobs.work.states import Action, State
-from tandem.jobs.work.transitions import change_state
+from tandem.jobs.work.transitions import change_state, locked_job
 from tandem.observability.events import StateChanged
+
+_OF_SUBMISSION = (
+    "name",
+    "spec",
+    "request_digest",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "min_workers",
+    "max_workers",
+)
+_ACTIONS_TO = {
+    State.RUNNING: (),
+    State.FINISHED: (Action.FINISH,),
+    State.FAILED: (Action.FAIL,),
+    State.PAUSED: (Action.PAUSE, Action.STOPPED),
+}
+"""From running to the state of a past run."""
 
 
 class JobSubmissions(WorkConnection):
@@ -39,12 +57,14 @@ class JobSubmissions(WorkConnection):
             append_events(session, row, [StateChanged(to_state=row.state, action="submit")], now)
             return Submitted(to_job(row), True)
 
-    def record(self, submission: JobSubmission, past: PastRun) -> bool:
-        """Store a job that ran before, with its events; False where it is known, and left as it is.
+    def record(self, submission: JobSubmission, past: PastRun, *, term: Term | None = None) -> bool:
+        """Store a job that a command has started; False where it is known, and left as it is.
 
-        One that runs has no lease yet: a dispatcher takes it over.
+        One that runs has no lease yet: a dispatcher takes it over. With `term`, LeaseLostError unless it is the newest.
         """
         with self._transaction() as (session, now):
+            if term is not None:
+                check_term(session, term)
             history = {
                 "state": past.state.value,
                 "attempt": past.attempt,
@@ -60,7 +80,43 @@ class JobSubmissions(WorkConnection):
             if row is None:
                 return False
             recorded = StateChanged(to_state=row.state, action="import", attempt=row.attempt)
-            append_events(session, row, [*past.events, recorded], now)
+            append_events(session, row, [recorded], now)
+            return True
+
+    def follow(self, submission: JobSubmission, past: PastRun, *, term: Term | None = None) -> bool:
+        """Bring a known job in line with an attempt that a command has started; False where it is active, or knows of it.
+
+        It gets the config and resources of the submission. With `term`, LeaseLostError unless it is the newest.
+        """
+        assert submission.id is not None
+        with self._transaction() as (session, now):
+            if term is not None:
+                check_term(session, term)
+            row = locked_job(session, submission.id)
+            is_newer = past.attempt > row.attempt
+            has_ended = (
+                past.attempt == row.attempt and row.state == State.PAUSED.value and past.state is not State.PAUSED
+            )
+            if State(row.state).active or not (is_newer or has_ended):
+                return False
+            if row.state in (State.QUEUED.value, State.HELD.value) and past.state not in (
+                State.RUNNING,
+                State.FINISHED,
+            ):
+                # It goes on waiting; its next attempt must not have the name of that one.
+                row.attempt = past.attempt
+                return False
+            values = job_values(submission, now)
+            for name in _OF_SUBMISSION:
+                setattr(row, name, values[name])
+            row.attempt, row.handle, row.workers = past.attempt, past.handle, row.max_workers
+            row.not_before, row.failures = None, 0
+            row.started_at = row.started_at or past.started_at
+            change_state(session, row, Action.ADOPT, now, reason="its command has started it")
+            for action in _ACTIONS_TO[past.state]:
+                change_state(session, row, action, now, reason=past.error)
+            row.error, row.result = past.error, None if past.result is None else dict(past.result)
+            row.ended_at = past.ended_at
             return True
 
 

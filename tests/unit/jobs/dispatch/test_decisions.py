@@ -31,7 +31,7 @@ def job(
 
 def test_jobs_start_in_their_order_with_as_many_workers_as_fit() -> None:
     waiting = [job("a", max_workers=4), job("b", max_workers=4), job("c")]
-    assert first_come_first_served(waiting, [job("r", workers=2)], Capacity(cpus=8), NOW) == [
+    assert first_come_first_served(waiting, [job("r", workers=2)], lambda: Capacity(cpus=8), NOW) == [
         Start(job_id="a", workers=4),
         Start(job_id="b", workers=2),
         Wait(job_id="c", reason="waits for 1 CPUs and 0 GPUs; 0 CPUs and 0 GPUs are free"),
@@ -41,7 +41,7 @@ def test_jobs_start_in_their_order_with_as_many_workers_as_fit() -> None:
 def test_a_job_that_waits_for_room_is_not_passed_by_smaller_ones() -> None:
     large = job("large", gpus_per_worker=1, min_workers=8, max_workers=8)
     running = [job("r", gpus_per_worker=1, workers=2)]
-    assert first_come_first_served([large, job("small")], running, Capacity(cpus=16, gpus=8), NOW) == [
+    assert first_come_first_served([large, job("small")], running, lambda: Capacity(cpus=16, gpus=8), NOW) == [
         Wait(job_id="large", reason="waits for 8 CPUs and 8 GPUs; 14 CPUs and 6 GPUs are free"),
         Wait(job_id="small", reason="waits behind large"),
     ]
@@ -49,7 +49,7 @@ def test_a_job_that_waits_for_room_is_not_passed_by_smaller_ones() -> None:
 
 def test_a_job_that_the_cluster_could_never_hold_delays_nobody() -> None:
     decisions = first_come_first_served(
-        [job("huge", gpus_per_worker=9), job("small")], [], Capacity(cpus=2, gpus=8), NOW
+        [job("huge", gpus_per_worker=9), job("small")], [], lambda: Capacity(cpus=2, gpus=8), NOW
     )
     assert decisions == [
         Wait(job_id="huge", reason="needs 1 CPUs and 9 GPUs; the cluster has 2 CPUs and 8 GPUs"),
@@ -68,7 +68,7 @@ def test_what_starts_fits_into_the_cluster(needs: list[tuple[float, int, int]], 
         f"j{n}": job(f"j{n}", cpus_per_worker=need, min_workers=low, max_workers=low + more)
         for n, (need, low, more) in enumerate(needs)
     }
-    decisions = first_come_first_served(list(jobs.values()), [], Capacity(cpus=cpus), NOW)
+    decisions = first_come_first_served(list(jobs.values()), [], lambda: Capacity(cpus=cpus), NOW)
     assert [decision.job_id for decision in decisions] == list(jobs)
     started = [decision for decision in decisions if isinstance(decision, Start)]
     assert sum(jobs[each.job_id].resources.cpus_per_worker * each.workers for each in started) <= cpus + 1e-6
@@ -110,4 +110,7 @@ def test_a_run_that_its_runner_has_forgotten_is_tried_again() -> None:
 
 def test_a_run_that_somebody_else_stopped_is_not_started_again_by_itself() -> None:
     step = next_step(job("a", state=State.RUNNING, handle="a.1"), "a.1", RunStatus(state=RunState.STOPPED))
+    assert step == reconcile.PauseStopped()
+    export = replace(job("a", state=State.RUNNING, handle="a.1"), kind=JobKind.EXPORT)
+    step = next_step(export, "a.1", RunStatus(state=RunState.STOPPED))
     assert step == reconcile.RecordFailed(error="a.1 was stopped from outside.", retryable=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from scheduled_world import World, submission, with_tenants
 
+from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.history import read_history
 from tandem.jobs.scheduling import Resources
 from tandem.jobs.work import records
@@ -189,3 +191,34 @@ def test_the_room_of_a_run_is_kept_while_it_is_resized(world: World) -> None:
     world.store.submit(submission("urgent", 3, scheduling={"priority": "high"}))
     world.rounds(4)
     assert (world.workers("elastic"), world.workers("urgent")) == (3, None)
+
+
+def test_the_cluster_is_asked_only_while_jobs_wait_or_run_that_need_some_of_it(world: World) -> None:
+    asked = 0
+    ask = world.capacity
+
+    def counted() -> Capacity:
+        nonlocal asked
+        asked += 1
+        return ask()
+
+    world.capacity = counted  # type: ignore[method-assign]
+    world.restart()
+    world.rounds(3)
+    assert asked == 0
+    needs_nothing = records.Resources(cpus_per_worker=0.0)
+    world.store.submit(replace(submission("batch"), kind=JobKind.BATCH, resources=needs_nothing))
+    world.rounds(3)
+    assert (asked, world.workers("batch")) == (0, 1)
+    world.wanted_replicas = 1
+    world.store.submit(submission("train", 4))
+    world.rounds(2)
+    assert (asked, world.workers("train")) == (2, None), "serving comes first, also where nothing was asked before"
+    world.wanted_replicas = 0
+    world.rounds(1)
+    assert world.workers("train") == 4
+    world.runner.finish("train.1")
+    world.rounds(1)
+    before = asked
+    world.rounds(3)
+    assert asked == before and not world.state.runs

@@ -13,7 +13,6 @@ from tandem.jobs.dispatch.decisions import Capacity, NodeAmounts
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.runners.memory import MemoryRunner
 from tandem.jobs.scheduling import Resources
-from tandem.jobs.tracking import capacity as module
 from tandem.jobs.tracking.capacity import CapacityRecorder, CapacityRecords
 from tandem.jobs.work.clock import ManualClock
 from tandem.jobs.work.records import JobSubmission
@@ -46,12 +45,12 @@ def submit(store: JobStore, tenant: str, workers: int) -> str:
 def test_what_is_used_is_told_by_serving_and_jobs_with_the_shares_of_tenants(
     store: JobStore, records: CapacityRecords, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RECORD_S", 0.0)
+    monkeypatch.setattr(CapacityRecorder, "every_s", 0.0)
     for tenant, workers in (("lab", 3), ("shop", 1)):
         submit(store, tenant, workers)
     found = Capacity(cpus=40, gpus=16, nodes=NODES)
     recorder = CapacityRecorder(lambda: found, store, records, CONFIG)
-    dispatcher = Dispatcher(store, {"memory": MemoryRunner()}, recorder)
+    dispatcher = Dispatcher(store, {"memory": MemoryRunner()}, lambda: found, chores=[recorder])
     for _ in range(3):
         dispatcher.round()
     clock.advance(7.0)
@@ -74,8 +73,9 @@ def test_what_is_used_is_told_by_serving_and_jobs_with_the_shares_of_tenants(
 def test_a_process_that_does_not_lead_records_nothing(store: JobStore, records: CapacityRecords) -> None:
     def dispatcher(cpus: float) -> Dispatcher:
         node = NodeAmounts(id="a", total=Resources(cpus, 0), free=Resources(cpus, 0))
-        recorder = CapacityRecorder(lambda: Capacity(cpus=cpus, nodes=(node,)), store, records, CONFIG)
-        return Dispatcher(store, {}, recorder)
+        found = Capacity(cpus=cpus, nodes=(node,))
+        recorder = CapacityRecorder(lambda: found, store, records, CONFIG)
+        return Dispatcher(store, {}, lambda: found, chores=[recorder])
 
     with pytest.raises(ClusterError, match="not known"):
         records.read()

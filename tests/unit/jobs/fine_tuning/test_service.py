@@ -1,0 +1,58 @@
+"""Creation of fine-tuning jobs in the store: by which runner they run, and what they take of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tandem.api.openai.fine_tuning import FineTuningCreation
+from tandem.config.serving.fine_tuning import FineTuningConfig
+from tandem.errors import ConfigError
+from tandem.files.records import NewFile, Purpose
+from tandem.files.store import FileStore
+from tandem.jobs.fine_tuning.service import Base, FineTuningService
+from tandem.jobs.work.records import Job, Resources
+from tandem.jobs.work.store import JobStore
+
+
+@pytest.fixture
+def files(url: str) -> Iterator[FileStore]:
+    with FileStore(url) as opened:
+        new = NewFile(
+            id="file-1", tenant="lab", key_id="", purpose=Purpose.FINE_TUNE, filename="a.jsonl", size_bytes=1, sha256="0" * 64,
+            location="/files/1",
+        )  # fmt: skip
+        opened.add(new, quota_bytes=10**9)
+        yield opened
+
+
+def created(store: JobStore, files: FileStore, platform: FineTuningConfig) -> Job:
+    service = FineTuningService(store, files, platform)
+    creation = FineTuningCreation(model="base", training_file="file-1")
+    return store.get(service.create(creation, Base(name="base", id="base@1", max_rank=16), tenant="lab", key_id="").id)
+
+
+def test_a_job_for_slurm_takes_nothing_of_the_apps_cluster_and_tells_slurm_what_it_needs(
+    store: JobStore, files: FileStore
+) -> None:
+    job = created(store, files, FineTuningConfig(runner="slurm", workers=4, nodes=2, gpus_per_worker=2.0))
+    assert (job.runner, job.spec["nodes"], job.spec["gpus_per_node"]) == ("slurm", 2, 4)
+    assert job.resources == Resources(cpus_per_worker=0.0, min_workers=4, max_workers=4)
+    job = created(store, files, FineTuningConfig(workers=4, gpus_per_worker=2.0))
+    assert job.runner == "fine_tuning"
+    assert job.resources == Resources(cpus_per_worker=1.0, gpus_per_worker=2.0, min_workers=4, max_workers=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"runner": "slrum"}, "Did you mean 'slurm'"),
+        ({"nodes": 2, "workers": 2}, "nodes is for runner: slurm"),
+        ({"runner": "slurm", "nodes": 2, "workers": 3}, "must be a multiple of nodes.*works is 4"),
+        ({"runner": "slurm", "workers": 4, "min_workers": 2}, "min_workers is for runner: ray"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FineTuningConfig(**values)  # type: ignore[arg-type]
