@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+from tandem.errors import FileError
 from tandem.files.content import ContentStore
 from tandem.files.outputs import write_output
 from tandem.files.records import Purpose
@@ -40,13 +42,18 @@ class FineTuningRunner(RayRunner):
         return super().start(job)
 
     def state(self, handle: str) -> RunStatus | None:
-        """See `Runner`. The result names the results file, which is written now unless it was before."""
+        """See `Runner`. The result names the results file, which is written now unless it was before.
+
+        Where it cannot be stored, as its tenant has no bytes left, the job ends without it, and the result says why.
+        """
         status = super().state(handle)
         if status is None or status.state is not RunState.FINISHED:
             return status
-        return replace(
-            status, result={**(status.result or {}), "result_files": [self._results_file(split_run_name(handle)[0])]}
-        )
+        try:
+            results: dict[str, Any] = {"result_files": [self._results_file(split_run_name(handle)[0])]}
+        except FileError as error:
+            results = {"result_files": [], "notice": f"The results file was not stored: {error}"}
+        return replace(status, result={**(status.result or {}), **results})
 
     def _results_file(self, job_id: str) -> str:
         folder = self._folder(job_id)
