@@ -154,6 +154,8 @@ class FileReleases:
                 self.release()
             except TandemError as error:
                 log.warning("%s", error)
+            except Exception:
+                log.exception("The files of jobs that have ended could not be released. It is tried again.")
 
     def release(self) -> list[str]:
         """Release now; returns the jobs whose files are released."""

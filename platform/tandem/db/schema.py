@@ -20,7 +20,7 @@ __all__ = [
     "StoredTenantRow", "TenantRow", "UploadPartRow", "UploadRow", "UsageRow", "UsageWriterRow", "WebhookDeliveryRow",
 ]  # fmt: skip
 
-REVISION = "0011"
+REVISION = "0012"
 """The newest migration: a database that is at it needs nothing done."""
 
 

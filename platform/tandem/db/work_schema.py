@@ -105,7 +105,7 @@ class QueueItemRow(LeasedWork, Base):
     __table_args__ = (
         UniqueConstraint("tenant", "idempotency_key", name="uq_queue_items_idempotency_key"),
         UniqueConstraint("job", "position", name="uq_queue_items_position"),
-        Index("ix_queue_items_claim", "queue", "state", "priority", "number"),
+        Index("ix_queue_items_waiting", "queue", "state", "adapter", "tenant", "priority", "number"),
         Index("ix_queue_items_lease", "state", "lease_until"),
         Index("ix_queue_items_deadline", "state", "deadline"),
         Index("ix_queue_items_job", "job", "state"),

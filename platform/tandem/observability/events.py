@@ -355,3 +355,10 @@ class ResizeRequested(Event, name="resize_requested"):
     attempt: int = 0
     """The one that leaves."""
     reason: str | None = field(default=None, metadata={"omit_default": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsQueued(Event, name="requests_queued"):
+    """The input file of a batch was checked, and all of its requests are in the queue."""
+
+    count: int

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tandem.errors import FileError
 from tandem.files.checks import Report, check_batch, check_content, check_training
+from tandem.files.checks.batch import MAX_MODELS
 from tandem.files.checks.child import ContentCheck
 from tandem.files.checks.lines import MAX_LINE_BYTES, split_lines
 from tandem.files.checks.report import MOST_FINDINGS
@@ -153,6 +154,13 @@ def test_wrong_requests_of_a_batch_are_found_with_their_line() -> None:
     ]  # fmt: skip
     assert "line 1 too" in report.findings[0].message
     assert codes(check_batch([jsonl(request())], endpoint="/v1/embeddings")) == [(1, "invalid_url")]
+
+
+def test_a_batch_names_few_models() -> None:
+    requests = [request(str(n), body={"model": f"model-{n % MAX_MODELS}"}) for n in range(3 * MAX_MODELS)]
+    assert check_batch([jsonl(*requests)]).is_valid
+    report = check_batch([jsonl(*requests, request("one more", body={"model": "another"}))])
+    assert codes(report) == [(3 * MAX_MODELS + 1, "too_many_models")] and "'another'" in report.summary()
 
 
 def test_an_empty_file_is_a_problem() -> None:

@@ -13,8 +13,8 @@ from tandem.files.checks.report import Finding, Report
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_REQUESTS = 50_000
 MAX_ID_CHARS = 512
-MAX_MODELS = 100
-"""Models that a report names."""
+MAX_MODELS = 8
+"""Models that the requests of one batch may name: each one is looked up by every gateway for as long as its requests wait."""
 
 
 def check_batch(chunks: Iterable[bytes], endpoint: str | None = None) -> Report:
@@ -54,7 +54,12 @@ class _RequestCheck:
         model = body.get("model")
         if not isinstance(model, str) or not model:
             yield _wrong(line, "body.model", f"`body.model` must name a model; it is {_shown(model)}.", "missing_model")
-        elif len(self.models) < MAX_MODELS:
+        elif model not in self.models and len(self.models) == MAX_MODELS:
+            message = (
+                f"The lines before name {MAX_MODELS} models, as many as one batch may; this one names {_shown(model)}."
+            )
+            yield _wrong(line, "body.model", message, "too_many_models")
+        else:
             self.models.add(model)
 
     def _id_problems(self, line: int, custom_id: object) -> Iterator[Finding]:

@@ -12,6 +12,10 @@ from tandem.files.checks.report import Finding, Report
 from tandem.files.records import Purpose
 from tandem.settings import child_environment
 
+TIMEOUT, KILLED = "timeout", "killed"
+UNCHECKED = (TIMEOUT, KILLED)
+"""Codes of findings that say nothing about the content: the check did not end, and another one may."""
+
 
 class ContentCheck:
     """Runs one check at a time; `kill` ends it, and those that are begun later."""
@@ -44,13 +48,13 @@ class ContentCheck:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            return _unchecked("timeout", f"The content could not be checked within {timeout_s:g} s. Split the file.")
+            return _unchecked(TIMEOUT, f"The content could not be checked within {timeout_s:g} s. Split the file.")
         finally:
             with self._lock:
                 self._process = None
         if process.returncode < 0 and not self._killed:
             return _unchecked(
-                "killed", f"The check was ended by the signal {-process.returncode}, for its memory perhaps."
+                KILLED, f"The check was ended by the signal {-process.returncode}, for its memory perhaps."
             )
         if process.returncode:
             last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]

@@ -45,6 +45,7 @@ class BatchRoutes:
             await read_model(request, BatchCreation),
             tenant=tenant_of(principal),
             key_id=principal.key_id,
+            models=principal.models,
             idempotency_key=once_of(request),
         )
         return JSONResponse(batch.model_dump())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -18,6 +19,9 @@ from tandem.routing.records import ServedModel
 ANYBODY = Principal(key_id="", tenant="", role=Role.ADMIN)
 """Sees the names of all tenants."""
 
+UNKNOWN_S = 30.0
+"""Seconds until a name that no model has is looked up again."""
+
 
 class Callers:
     """The principals of keys."""
@@ -25,15 +29,17 @@ class Callers:
     def __init__(self, keys: KeyTable) -> None:
         self._keys = keys
 
-    def __call__(self, key_id: str, tenant: str) -> Principal | None:
+    def __call__(self, key_id: str, tenant: str, models: tuple[str, ...] = ()) -> Principal | None:
         """The principal of the key that a batch was made with, as it is now; None: the key has ended.
 
-        Limits by the minute and of requests at once do not hold for batches, which have no pace of their own.
+        `models`: that the key or token allowed when the batch was made; empty: all. Of a token nothing else is known later.
+        The key's limits by the minute and of requests at once do not hold for batches, which have no pace of their own; those of
+        its tenant do.
         """
         if not key_id:
             return ANONYMOUS if tenant == DEFAULT_TENANT else replace(ANONYMOUS, tenant=tenant)
         if not KEY_ID.fullmatch(key_id):  # of a token of an OIDC provider
-            return Principal(key_id=key_id, tenant=tenant, role=Role.USER)
+            return Principal(key_id=key_id, tenant=tenant, role=Role.USER, models=models)
         principal = self._keys.principal_of(key_id)
         if principal is None:
             return None
@@ -47,17 +53,24 @@ class PoolLoads:
         self._catalog = catalog
         self._admission = admission
         self._bases: dict[str, ServedModel] = {}
+        self._unknown_until: dict[str, float] = {}
+        """Names that no model has, with the monotonic time of their next look-up: each costs a search for similar names."""
 
     async def learn(self, names: Iterable[str]) -> None:
         """Look up names; those that mean no model any more are forgotten."""
-        bases = {}
+        bases, unknown_until, now = {}, {}, time.monotonic()
         for name in names:
+            if (until := self._unknown_until.get(name, now)) > now:
+                unknown_until[name] = until
+                continue
             try:
                 bases[name] = (await self._catalog.resolve(name, ANYBODY)).base
             except ApiError as error:
-                if error.status >= 500 and name in self._bases:
+                if error.status < 500:
+                    unknown_until[name] = now + UNKNOWN_S
+                elif name in self._bases:
                     bases[name] = self._bases[name]
-        self._bases = bases
+        self._bases, self._unknown_until = bases, unknown_until
 
     def __call__(self, name: str) -> PoolLoad | None:
         """The load for a name; None: no such model is served here."""

@@ -17,6 +17,7 @@ from tandem.gateway.routes.batches import BatchRoutes
 from tandem.gateway.routes.consumption import ConsumptionRoutes
 from tandem.gateway.routes.fine_tuning import FineTuningRoutes
 from tandem.gateway.routes.jobs import JobRoutes
+from tandem.gateway.work.batch_sender import BatchSender
 from tandem.gateway.work.batch_worker import BatchWorker
 from tandem.gateway.work.callers import Callers, PoolLoads
 from tandem.gateway.work.calls import WorkCalls
@@ -61,8 +62,11 @@ class Work:
         self.webhooks = WebhookSender(Deliveries.at(address), config.webhooks)
         self.worker = BatchWorker(
             ItemQueue.at(address),
-            Starlette(routes=list(model_routes), exception_handlers=EXCEPTION_HANDLERS),
-            Callers(identity.keys),
+            BatchSender(
+                Starlette(routes=list(model_routes), exception_handlers=EXCEPTION_HANDLERS),
+                Callers(identity.keys),
+                config.max_body_bytes,
+            ),
             PoolLoads(catalog, admission),
             config.batches,
             name,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 QUIET_AFTER_S = 2.0
 """Seconds without interactive requests after which batches take all slots."""
+UNLIMITED_AT_ONCE = 8
+"""Requests of batches under way for a model without a limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ class BatchRoom:
             return 0
         if load.limit is None:
             # Engines without a limit queue what they are given.
-            return 8
+            return max(0, UNLIMITED_AT_ONCE - in_flight)
         beside_clients = now - self._interactive_at < QUIET_AFTER_S
         own_limit = max(1, int(self._share * load.limit)) if beside_clients else load.limit
         return max(0, min(own_limit - in_flight, load.limit - load.running))

@@ -1,57 +1,91 @@
-"""Runner of batches: a thread for each checks the input file, queues its requests, and writes the output when all have ended.
+"""Runner of batches: the input file is checked, its requests are queued, and the output is written when all have ended.
 
-Gateways send the requests (`gateway.work.batch_worker`). Every step may be repeated: a dispatcher that follows one which died
-starts the thread again, and it goes on with what is there.
+Gateways send the requests (`gateway.work.batch_worker`). The dispatcher's look at a batch takes it one step further; steps that
+take long run in a few threads. Every step may be repeated: a dispatcher that follows one which died goes on with what is there,
+and a step that met a database, disk or store which is away is taken again after a pause.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
 
 from tandem.api.openai import batches as wire
-from tandem.errors import StorageError, TandemError
-from tandem.files.checks.child import ContentCheck
-from tandem.files.content import ContentStore, open_content
-from tandem.files.outputs import write_output
+from tandem.errors import (
+    FileError,
+    FileQuotaError,
+    IllegalTransitionError,
+    LeaseLostError,
+    RegistryUnreachableError,
+    StorageError,
+    TandemError,
+)
+from tandem.files.checks.child import UNCHECKED, ContentCheck
+from tandem.files.content import ContentStore
 from tandem.files.records import Purpose
 from tandem.files.store import FileStore
-from tandem.ids import fingerprint
-from tandem.jobs.batches.answers import AnswerPlace, Ended, SegmentReader, lines_of
-from tandem.jobs.batches.stored import answers_folder, items_of
+from tandem.jobs.batches.outputs import BatchOutputs
+from tandem.jobs.batches.requests import list_requests
+from tandem.jobs.batches.stored import items_of
 from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.work.queue import ItemQueue
-from tandem.jobs.work.records import Item, Job, split_run_name
+from tandem.jobs.work.records import Job, split_run_name
 from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
-from tandem.registry.conditions import Condition
+from tandem.observability.events import RequestsQueued
 
-POLL_S, COUNTED_PER_S = 1.0, 5000
-"""Seconds between two looks at a batch, at least, and requests that are counted for each second between them."""
+POLL_S, PAUSE_S = 1.0, 5.0
+"""Seconds between two looks for batches that are answered, and before a step that could not be taken is taken again."""
+QUOTA_PAUSE_S = 60.0
+"""Seconds before an output is written again for which its tenant had no bytes left."""
+STEPS_AT_ONCE = 4
+"""Batches that are checked, queued or written at once."""
 CHECK_TIMEOUT_S = 600.0
 PAGE = 1000
-ENDINGS = {
-    State.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request was answered."),
-    State.EXPIRED: ("batch_expired", "The batch's window ended before this request was answered."),
-}
-"""Code and message of requests without an answer, by their state."""
+"""Requests that are queued at once."""
+MOST_EVENTS = 10_000
+AWAY = (RegistryUnreachableError, StorageError, LeaseLostError, IllegalTransitionError)
+"""Errors of a step that pass: of what is away for the moment, or where a request to leave has not reached the run yet."""
+RUNNING = RunStatus(state=RunState.RUNNING)
 
 log = logging.getLogger(__name__)
 
 
+class Phase(StrEnum):
+    """What a run does now."""
+
+    PREPARE = "prepare"
+    """The file is checked and its requests are queued."""
+    WAIT = "wait"
+    """Gateways answer the requests."""
+    COLLECT = "collect"
+    """The answers are written to the output."""
+
+
 @dataclass(slots=True)
 class _Run:
-    """One attempt of a batch, in a thread of this process."""
+    """One attempt of a batch in this process."""
 
     job: Job
+    phase: Phase = Phase.PREPARE
     stop: threading.Event = field(default_factory=threading.Event)
     ends: bool = False
     """Whether it is stopped for good: what is answered is its output."""
-    status: RunStatus = field(default_factory=lambda: RunStatus(state=RunState.RUNNING))
+    status: RunStatus = RUNNING
+    step: threading.Thread | None = None
+    next_step_at: float = 0.0
+    """Monotonic clock."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is being taken."""
+        return self.step is not None and self.step.is_alive()
 
 
 class BatchRunner:
@@ -70,17 +104,20 @@ class BatchRunner:
         """`tenant_bytes`: of the files of one tenant at most. `max_attempts`: of each request."""
         self._store = store
         self._queue = queue
-        self._files = files
-        self._contents = contents
-        self._tenant_bytes = tenant_bytes
+        self._outputs = BatchOutputs(queue, files, contents, tenant_bytes)
         self._max_attempts = max_attempts
         self._runs: dict[str, _Run] = {}
+        self._answered: Set[str] = frozenset()
+        """Ids of batches that were answered whole at the last look."""
+        self._looked_at = -POLL_S
 
     def start(self, job: Job) -> str:
         """See `Runner`."""
         if job.run_name not in self._runs:
-            run = self._runs[job.run_name] = _Run(job)
-            threading.Thread(target=self._work, args=(run,), name=job.run_name, daemon=True).start()
+            self._runs[job.run_name] = _Run(job)
+            if job.state.leaving:
+                self.stop(job)
+            self._advance(self._runs[job.run_name])
         return job.run_name
 
     def find(self, job: Job) -> str | None:
@@ -91,10 +128,19 @@ class BatchRunner:
         """See `Runner`. A run of a process that died goes on here."""
         if handle not in self._runs:
             self.start(self._store.get(split_run_name(handle)[0]))
-        run = self._runs[handle]
-        if run.status.state is not RunState.RUNNING:
+        run = self._runs.get(handle)
+        if run is None:
+            return None
+        if run.status.state is RunState.STOPPED and not run.ends:
+            # It was paused: it may have been told to end since.
+            self.stop(self._store.get(run.job.id))
+            run.status = RUNNING if run.ends else run.status
+        if run.status.state is RunState.RUNNING:
+            self._advance(run)
+        status = run.status
+        if status.state is not RunState.RUNNING:
             self._runs.pop(handle, None)
-        return run.status
+        return status
 
     def stop(self, job: Job) -> None:
         """See `Runner`."""
@@ -104,105 +150,99 @@ class BatchRunner:
 
     # ---- one batch ----
 
-    def _work(self, run: _Run) -> None:
+    def _advance(self, run: _Run) -> None:
+        """Begin the next step of a run if it is due and a thread is free."""
+        if run.is_busy:
+            return
+        if run.stop.is_set() or (run.phase is Phase.WAIT and self._is_answered(run)):
+            run.phase = Phase.COLLECT
+        if run.phase is Phase.WAIT or time.monotonic() < run.next_step_at:
+            return
+        if sum(other.is_busy for other in self._runs.values()) < STEPS_AT_ONCE:
+            run.step = threading.Thread(target=self._take_step, args=(run,), name=run.job.run_name, daemon=True)
+            run.step.start()
+
+    def _is_answered(self, run: _Run) -> bool:
+        """Whether all requests of a run had ended at the last look, which was for all runs together."""
+        now = time.monotonic()
+        if now - self._looked_at >= POLL_S:
+            waiting = [each.job.id for each in self._runs.values() if each.phase is Phase.WAIT]
+            self._answered, self._looked_at = self._queue.answered(waiting), now
+        return run.job.id in self._answered
+
+    def _take_step(self, run: _Run) -> None:
         try:
-            run.status = self._run(run)
+            if run.phase is Phase.PREPARE:
+                self._prepare(run)
+            else:
+                run.status = self._collect(run)
+        except AWAY as error:
+            log.warning("Batch %s: %s It is tried again in %g s.", run.job.id, error, PAUSE_S)
+            run.next_step_at = time.monotonic() + PAUSE_S
         except TandemError as error:
-            run.status = RunStatus(state=RunState.FAILED, error=str(error), retryable=isinstance(error, StorageError))
+            run.status = RunStatus(state=RunState.FAILED, error=str(error), retryable=False)
         except Exception as error:
             log.exception("The batch %s failed.", run.job.id)
             run.status = RunStatus(state=RunState.FAILED, error=f"{type(error).__name__}: {error}", retryable=True)
 
-    def _run(self, run: _Run) -> RunStatus:
+    def _prepare(self, run: _Run) -> None:
+        """Check the file and queue its requests, unless a run before this one has done so. It ends early where it is stopped."""
         job = run.job
-        # Also where a run before this one has done it, or a part of it.
-        errors = self._check(job)
-        if errors is not None:
-            result = {"errors": errors.model_dump()}
-            return RunStatus(state=RunState.FAILED, error=errors.data[0].message, retryable=False, result=result)
-        self._enqueue(job)
-        pause_s = POLL_S
-        while not run.stop.wait(pause_s):
-            counts = self._queue.counts(job.id)
-            # Counting takes longer, and matters less, where there are many.
-            pause_s = max(POLL_S, sum(counts.values()) / COUNTED_PER_S)
-            # Where requests were cancelled or have expired the batch is told to stop next: it has not finished.
-            if all(state.ended and state not in ENDINGS for state in counts):
-                return RunStatus(state=RunState.FINISHED, result=self._write_outputs(job))
-        return RunStatus(state=RunState.STOPPED, result=self._write_outputs(job) if run.ends else None)
+        events = self._store.events(job.id, limit=MOST_EVENTS)
+        if not any(isinstance(numbered.event, RequestsQueued) for numbered in events):
+            failed = self._check(job)
+            if failed is not None:
+                run.status = failed
+                return
+            count = self._enqueue(run)
+            if run.stop.is_set():
+                return
+            lease = self._store.get(job.id).lease
+            if lease is not None:
+                self._store.append(lease, [RequestsQueued(count=count)])
+        run.phase = Phase.WAIT
 
-    def _check(self, job: Job) -> wire.BatchErrors | None:
-        """The findings about the input file; None: it can be used."""
-        report = ContentCheck().run(Purpose.BATCH, job.spec["location"], CHECK_TIMEOUT_S, endpoint=job.spec["endpoint"])
+    def _check(self, job: Job) -> RunStatus | None:
+        """The end of a batch whose input file cannot be used, or could not be checked now; None: it can be used."""
+        try:
+            report = ContentCheck().run(
+                Purpose.BATCH, job.spec["location"], CHECK_TIMEOUT_S, endpoint=job.spec["endpoint"]
+            )
+        except FileError as error:
+            # Its store may answer later.
+            return RunStatus(state=RunState.FAILED, error=str(error), retryable=True)
         if not report.findings:
             return None
-        return wire.BatchErrors(
-            data=[
-                wire.BatchError(code=finding.code, message=finding.message, line=finding.line, param=finding.param)
-                for finding in report.findings
-            ]
-        )
+        errors = [
+            wire.BatchError(code=finding.code, message=finding.message, line=finding.line, param=finding.param)
+            for finding in report.findings
+        ]
+        if errors[0].code in UNCHECKED:
+            return RunStatus(state=RunState.FAILED, error=errors[0].message, retryable=True)
+        result = {"errors": wire.BatchErrors(data=errors).model_dump()}
+        return RunStatus(state=RunState.FAILED, error=errors[0].message, retryable=False, result=result)
 
-    def _enqueue(self, job: Job) -> None:
-        with open_content(job.spec["location"]) as file:
-            items = items_of(job, file, self._max_attempts)
-            while page := list(itertools.islice(items, PAGE)):
+    def _enqueue(self, run: _Run) -> int:
+        """Queue the requests page by page until the run is stopped; returns their number."""
+        count = 0
+        with contextlib.closing(list_requests(run.job.spec["location"])) as requests:
+            items = items_of(run.job, requests, self._max_attempts)
+            while not run.stop.is_set() and (page := list(itertools.islice(items, PAGE))):
                 self._queue.add(page)
+                count += len(page)
+        return count
 
-    def _write_outputs(self, job: Job) -> Mapping[str, Any]:
-        """Write output and error file; the result of the job."""
-        reader = SegmentReader(answers_folder(job.id))
-        counts = {True: 0, False: 0}
-
-        def lines(answered: bool) -> Iterator[bytes]:
-            for is_answered, line in lines_of(self._ended(job), reader):
-                if is_answered is answered:
-                    counts[answered] += 1
-                    yield line + b"\n"
-
+    def _collect(self, run: _Run) -> RunStatus:
+        """Write the output, unless the run is to go on later."""
+        is_stopped = run.stop.is_set()
+        if is_stopped and not run.ends:
+            return RunStatus(state=RunState.STOPPED)
         try:
-            output_id = self._write(job, "output", lines(True))
-            error_id = self._write(job, "error", lines(False))
-        finally:
-            reader.close()
-        return {
-            "output_file_id": output_id,
-            "error_file_id": error_id,
-            "completed": counts[True],
-            "failed": counts[False],
-        }
-
-    def _write(self, job: Job, kind: str, lines: Iterable[bytes]) -> str | None:
-        """The id of a file with these lines; None where there are none."""
-        lines = iter(lines)
-        first = next(lines, None)
-        if first is None:
-            return None
-        record = write_output(
-            self._files,
-            self._contents,
-            itertools.chain([first], lines),
-            tenant=job.tenant,
-            purpose=Purpose.BATCH_OUTPUT,
-            filename=f"{job.id}_{kind}.jsonl",
-            quota_bytes=self._tenant_bytes,
-            lifetime_s=job.spec.get("output_lifetime_s"),
-            once=Condition(once=fingerprint(f"{kind} of {job.id}")),
-        )
-        return record.id
-
-    def _ended(self, job: Job) -> Iterator[Ended]:
-        """The requests that have ended, in the order of the input."""
-        after = -1
-        while page := self._queue.items(job.id, after=after, limit=PAGE):
-            after = page[-1].position if page[-1].position is not None else after
-            yield from (_ended(item) for item in page)
-
-
-def _ended(item: Item) -> Ended:
-    custom_id = str((item.payload or {}).get("custom_id", ""))
-    if item.result_reference is not None:
-        return Ended(item_id=item.id, custom_id=custom_id, place=AnswerPlace.parse(item.result_reference))
-    # One that is not marked as ended yet was cancelled or has expired with its batch.
-    code, message = ENDINGS.get(item.state, ("request_failed", item.error or ENDINGS[State.CANCELLED][1]))
-    return Ended(item_id=item.id, custom_id=custom_id, error_code=code, error=message)
+            result = self._outputs.write(run.job)
+        except FileQuotaError as error:
+            if is_stopped:
+                return RunStatus(state=RunState.FAILED, error=f"The output was not written: {error}", retryable=False)
+            self._store.explain({run.job.id: str(error)}, State.RUNNING)
+            run.next_step_at = time.monotonic() + QUOTA_PAUSE_S
+            return RUNNING
+        return RunStatus(state=RunState.STOPPED if is_stopped else RunState.FINISHED, result=result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 
 from tandem.api.openai import batches as wire
@@ -31,9 +32,18 @@ class BatchService:
         self._config = config
 
     def create(
-        self, creation: wire.BatchCreation, *, tenant: str, key_id: str, idempotency_key: str | None = None
+        self,
+        creation: wire.BatchCreation,
+        *,
+        tenant: str,
+        key_id: str,
+        models: Sequence[str] = (),
+        idempotency_key: str | None = None,
     ) -> wire.Batch:
-        """Create a batch. FileError for a file that is none of a batch, JobError where the tenant has too many batches."""
+        """Create a batch. FileError for a file that is none of a batch, JobError where the tenant has too many batches.
+
+        `models`: that the caller may use; empty: all.
+        """
         self._check_active(tenant)
         file = self._file(creation.input_file_id, tenant)
         submission = JobSubmission(
@@ -46,6 +56,7 @@ class BatchService:
                 "input_file_id": file.id,
                 "location": file.location,
                 "metadata": creation.metadata,
+                "models": list(models),
                 "output_lifetime_s": creation.output_expires_after and creation.output_expires_after.seconds,
             },
             tenant=tenant,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
-from tandem.jobs.batches.requests import RequestPlace, read_requests
+from tandem.jobs.batches.requests import BatchRequest, RequestPlace
 from tandem.jobs.work.records import ItemSubmission, Job
 from tandem.settings import settings
 
@@ -23,15 +22,18 @@ def answers_folder(job_id: str) -> Path:
     return settings().jobs_dir / job_id / "answers"
 
 
-def items_of(job: Job, file: IO[bytes], max_attempts: int) -> Iterator[ItemSubmission]:
-    """The queue items of a batch whose input file was checked."""
-    for position, request in enumerate(read_requests(file)):
+def items_of(job: Job, requests: Iterable[BatchRequest], max_attempts: int) -> Iterator[ItemSubmission]:
+    """The queue items of a batch."""
+    payload = {"url": job.spec["endpoint"], "file": job.spec["location"]}
+    if job.spec.get("models"):
+        payload["models"] = job.spec["models"]
+    for position, request in enumerate(requests):
         yield ItemSubmission(
             queue=QUEUE,
             job=job.id,
             position=position,
             adapter=request.model[:120],
-            payload={"custom_id": request.custom_id, "url": job.spec["endpoint"], "file": job.spec["location"]},
+            payload={"custom_id": request.custom_id, **payload},
             payload_reference=str(RequestPlace(request.offset, request.length)),
             tenant=job.tenant,
             key_id=job.key_id,

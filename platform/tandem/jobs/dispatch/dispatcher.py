@@ -98,6 +98,9 @@ class Dispatcher:
             except TandemError as error:
                 # The database or the cluster is away: later it may answer.
                 log.warning("%s", error)
+            except Exception:
+                # One job or a part of the cluster that is not understood must not end dispatching.
+                log.exception("A round of the dispatcher failed. The next one follows.")
             stop.wait(poll_s if self._has_jobs else IDLE_POLLS * poll_s)
 
     def resign(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from tandem.errors import FileError
 from tandem.files.content import ContentStore
 from tandem.files.outputs import write_output
 from tandem.files.records import Purpose
@@ -38,12 +40,19 @@ class FineTuningRunner:
         return self._runner.find(job)
 
     def state(self, handle: str) -> RunStatus | None:
-        """See `Runner`. The result names the results file, which is written now unless it was before."""
+        """See `Runner`. The result names the results file, which is written now unless it was before.
+
+        Where it cannot be stored, as its tenant has no bytes left, the job ends without it, and the result says why.
+        """
         status = self._runner.state(handle)
         folder = training_folder(split_run_name(handle)[0])
         if status is None or status.state is not RunState.FINISHED or not isinstance(folder, FineTuningFolder):
             return status
-        return replace(status, result={**(status.result or {}), "result_files": [self._results_file(folder)]})
+        try:
+            results: dict[str, Any] = {"result_files": [self._results_file(folder)]}
+        except FileError as error:
+            results = {"result_files": [], "notice": f"The results file was not stored: {error}"}
+        return replace(status, result={**(status.result or {}), **results})
 
     def stop(self, job: Job) -> None:
         """See `Runner`."""

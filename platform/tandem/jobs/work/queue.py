@@ -8,33 +8,41 @@ again, up to `max_attempts` times.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from tandem.db.inserts import insert_into
-from tandem.db.schema import QueueItemRow
-from tandem.errors import IdempotencyConflictError, LeaseLostError, UnknownJobError
+from tandem.db.schema import JobRow, QueueItemRow
+from tandem.errors import IdempotencyConflictError, IllegalTransitionError, LeaseLostError, UnknownJobError
 from tandem.ids import fingerprint
 from tandem.jobs.work.connection import WorkConnection
-from tandem.jobs.work.records import Answer, Item, ItemSubmission, Lease, Reported
+from tandem.jobs.work.records import Answer, Item, ItemSubmission, Lease, Reported, WaitingItems
 from tandem.jobs.work.retries import ITEM_RETRIES, RetryPolicy, after_failure
 from tandem.jobs.work.rows import item_values, to_item
 from tandem.jobs.work.states import Action, JobKind, State, next_state
 from tandem.jobs.work.transitions import check_lease, end_lease_of_item, set_item_state
 
 ROWS_OF_STATEMENT = 500
+JOB_STATES_THAT_TAKE_ITEMS = [state.value for state in (State.QUEUED, State.STARTING, State.RUNNING)]
+UNANSWERED = [state.value for state in (State.QUEUED, State.HELD, State.RUNNING, State.CANCELLED, State.EXPIRED)]
+"""States of items whose job has not been answered whole."""
 
 
 class ItemQueue(WorkConnection):
     """Queue items in the database."""
 
     def add(self, items: Sequence[ItemSubmission]) -> int:
-        """Store items, all or none; returns how many are new. Rows of a job that are there already are left as they are."""
+        """Store items, all or none; returns how many are new. Rows of a job that are there already are left as they are.
+
+        IllegalTransitionError where their job is told to leave, or has ended: the items would outlive it.
+        """
         with self._transaction() as (session, now):
+            for job_id in sorted({item.job for item in items if item.job is not None}):
+                _check_takes_items(session, job_id)
             return sum(
                 len(_insert(session, items[start : start + ROWS_OF_STATEMENT], now))
                 for start in range(0, len(items), ROWS_OF_STATEMENT)
@@ -61,9 +69,16 @@ class ItemQueue(WorkConnection):
             return to_item(row)
 
     def claim(
-        self, queue: str, owner: str, lease_s: float, *, limit: int = 1, adapters: Collection[str] | None = None
+        self,
+        queue: str,
+        owner: str,
+        lease_s: float,
+        *,
+        limit: int = 1,
+        adapter: str | None = None,
+        tenant: str | None = None,
     ) -> list[Item]:
-        """Take the next items of a queue, `limit` at most, for `lease_s` seconds; with `adapters`, items of these alone."""
+        """Take the next items of a queue, `limit` at most, for `lease_s` seconds; with `adapter` or `tenant`, of that alone."""
         with self._transaction() as (session, now):
             query = select(QueueItemRow).where(
                 QueueItemRow.queue == queue,
@@ -71,8 +86,10 @@ class ItemQueue(WorkConnection):
                 or_(QueueItemRow.not_before.is_(None), QueueItemRow.not_before <= now),
                 or_(QueueItemRow.deadline.is_(None), QueueItemRow.deadline > now),
             )
-            if adapters is not None:
-                query = query.where(QueueItemRow.adapter.in_(adapters))
+            if adapter is not None:
+                query = query.where(QueueItemRow.adapter == adapter)
+            if tenant is not None:
+                query = query.where(QueueItemRow.tenant == tenant)
             query = query.order_by(QueueItemRow.priority, QueueItemRow.number).limit(limit)
             rows = session.scalars(query.with_for_update(skip_locked=True)).all()
             for row in rows:
@@ -156,15 +173,23 @@ class ItemQueue(WorkConnection):
                 raise _unknown(item_id)
             return to_item(row)
 
-    def waiting_by_adapter(self, queue: str) -> dict[str, int]:
-        """Numbers of items that wait in a queue, by adapter."""
+    def waiting(self, queue: str) -> list[WaitingItems]:
+        """Adapters and tenants whose items wait in a queue. Seeks one row of each in the index, however many wait."""
+        last = aliased(QueueItemRow)
+
+        def first_number(*where: Any) -> Any:
+            row = aliased(QueueItemRow)
+            conditions = (row.queue == queue, row.state == State.QUEUED.value, *(each(row) for each in where))
+            return select(row.number).where(*conditions).order_by(row.adapter, row.tenant).limit(1).scalar_subquery()
+
+        next_tenant = first_number(lambda row: row.adapter == last.adapter, lambda row: row.tenant > last.tenant)
+        next_adapter = first_number(lambda row: row.adapter > last.adapter)
+        found = select(first_number().label("number")).cte("found", recursive=True)
+        following = select(func.coalesce(next_tenant, next_adapter)).select_from(last)
+        found = found.union_all(following.join(found, last.number == found.c.number))
         with self._reading() as session:
-            query = select(QueueItemRow.adapter, func.count()).where(
-                QueueItemRow.queue == queue, QueueItemRow.state == State.QUEUED.value
-            )
-            return {
-                str(adapter): int(count) for adapter, count in session.execute(query.group_by(QueueItemRow.adapter))
-            }
+            query = select(QueueItemRow.adapter, QueueItemRow.tenant).join(found, QueueItemRow.number == found.c.number)
+            return [WaitingItems(adapter, tenant) for adapter, tenant in session.execute(query)]
 
     def counts(self, job_id: str) -> dict[State, int]:
         """Number of a job's items in each state that any has."""
@@ -172,11 +197,31 @@ class ItemQueue(WorkConnection):
             query = select(QueueItemRow.state, func.count()).where(QueueItemRow.job == job_id)
             return {State(state): count for state, count in session.execute(query.group_by(QueueItemRow.state))}
 
+    def answered(self, job_ids: Iterable[str]) -> set[str]:
+        """The jobs among these whose items have all ended by themselves: none waits, runs, was cancelled or has expired."""
+        ids = sorted(job_ids)
+        unanswered = select(QueueItemRow.number).where(
+            QueueItemRow.job == JobRow.id, QueueItemRow.state.in_(UNANSWERED)
+        )
+        answered: set[str] = set()
+        with self._reading() as session:
+            for start in range(0, len(ids), ROWS_OF_STATEMENT):
+                chunk = ids[start : start + ROWS_OF_STATEMENT]
+                answered.update(session.scalars(select(JobRow.id).where(JobRow.id.in_(chunk), ~unanswered.exists())))
+        return answered
+
     def items(self, job_id: str, *, after: int = -1, limit: int = 1000) -> list[Item]:
         """A job's items with positions above `after`, in the order of their rows."""
         with self._reading() as session:
             query = select(QueueItemRow).where(QueueItemRow.job == job_id, QueueItemRow.position > after)
             return [to_item(row) for row in session.scalars(query.order_by(QueueItemRow.position).limit(limit))]
+
+
+def _check_takes_items(session: Session, job_id: str) -> None:
+    """IllegalTransitionError unless a job may get items; it stays as it is until the transaction ends."""
+    state = session.scalar(select(JobRow.state).where(JobRow.id == job_id).with_for_update())
+    if state not in JOB_STATES_THAT_TAKE_ITEMS:
+        raise IllegalTransitionError(f"The job {job_id} is {state}: it takes no more items.")
 
 
 def _insert(session: Session, items: Sequence[ItemSubmission], now: datetime) -> Sequence[int]:
@@ -200,7 +245,11 @@ def _end(row: QueueItemRow, answer: Answer, policy: RetryPolicy, now: datetime) 
     """Record the end of an attempt on a locked row whose lease is in force."""
     action = Action.FINISH
     row.error = answer.error
-    if answer.error is not None:
+    if answer.retry_after_s is not None:
+        action = Action.RETRY
+        row.attempt -= 1
+        row.not_before = now + timedelta(seconds=answer.retry_after_s)
+    elif answer.error is not None:
         row.failures += 1
         action = after_failure(row.failures, row.max_attempts, retryable=answer.retryable)
         if action is Action.RETRY:

@@ -208,6 +208,15 @@ class Answer:
     """Set where it failed."""
     retryable: bool = True
     """Whether another attempt may succeed."""
+    retry_after_s: float | None = None
+    """Set where the item is given back unanswered: it waits for so many seconds, and no attempt is counted."""
+
+
+class WaitingItems(NamedTuple):
+    """Items of a queue that wait, of one adapter and tenant."""
+
+    adapter: str
+    tenant: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,10 +87,10 @@ class JobStore(JobSubmissions, JobRuns):
                 )
             return [to_job(row) for row in rows]
 
-    def explain(self, reasons: Mapping[str, str]) -> None:
-        """Record why jobs still wait, by id; other jobs are left alone."""
+    def explain(self, reasons: Mapping[str, str], state: State = State.QUEUED) -> None:
+        """Record why jobs are still in a state, by id; jobs in other states are left alone."""
         with self._transaction() as (session, _):
-            query = select(JobRow).where(JobRow.id.in_(reasons), JobRow.state == State.QUEUED.value)
+            query = select(JobRow).where(JobRow.id.in_(reasons), JobRow.state == state.value)
             for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
                 row.reason = reasons[row.id]
 

@@ -31,6 +31,8 @@ _ITEMS_FOLLOW: dict[State, tuple[Action, ...]] = {
     State.DEAD: (Action.CANCEL,),
 }
 """Actions on a job's items when the job gets a state; only items to which they apply are changed."""
+_COLLECTING = {State.CANCELLED: State.STOPPING, State.EXPIRED: State.EXPIRING}
+"""States before the end of a waiting job some of whose items have been answered: its runner collects the answers."""
 _REQUEUED_ITEMS = frozenset({State.CANCELLED, State.EXPIRED})
 """Ends of items that came from their job's end: they run again when the job does. Failed items do not."""
 
@@ -52,6 +54,8 @@ def change_state(session: Session, row: JobRow, action: Action, now: datetime, *
     """Apply an action to a locked row; False where it changes nothing, IllegalTransitionError where it is not legal."""
     before = State(row.state)
     after = next_state(JobKind(row.kind), before, action)
+    if after in _COLLECTING and not before.active and _has_answers(session, row):
+        after = _COLLECTING[after]
     if after is before:
         return False
     row.state = after.value
@@ -72,6 +76,14 @@ def change_state(session: Session, row: JobRow, action: Action, now: datetime, *
     if row.kind == JobKind.BATCH.value:
         _change_items(session, row.id, after, now)
     return True
+
+
+def _has_answers(session: Session, row: JobRow) -> bool:
+    """Whether a batch that was started has items with an answer."""
+    if row.kind != JobKind.BATCH.value or row.handle is None:
+        return False
+    answered = select(QueueItemRow.number).where(QueueItemRow.job == row.id, QueueItemRow.state == State.FINISHED.value)
+    return session.execute(answered.limit(1)).first() is not None
 
 
 def check_lease(row: JobRow | QueueItemRow, lease: Lease) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai.types import Batch as SdkBatch
@@ -11,14 +14,15 @@ from openai.types import Batch as SdkBatch
 from tandem.api.openai.batches import Batch, BatchCreation, BatchError, BatchErrors
 from tandem.errors import DataError, StorageError
 from tandem.jobs.batches.answers import (
+    AnswerLine,
     AnswerPlace,
     Ended,
+    OutputLines,
     SegmentReader,
     SegmentWriter,
-    lines_of,
     output_line,
 )
-from tandem.jobs.batches.requests import InputFile, RequestPlace, read_requests
+from tandem.jobs.batches.requests import InputFile, RequestPlace, list_requests, read_requests
 
 
 def line(custom_id: str, text: str = "naïve") -> str:
@@ -33,6 +37,7 @@ def test_each_request_is_read_again_by_its_place(tmp_path: Path) -> None:
     path.write_text(f"{line('a')}\n\n{line('b', 'é' * 1000)}\r\n{line('c')}")
     with path.open("rb") as file:
         requests = list(read_requests(file))
+    assert list(list_requests(str(path))) == requests
     assert [(request.line, request.custom_id, request.model) for request in requests] == [
         (1, "a", "m"),
         (3, "b", "m"),
@@ -46,12 +51,31 @@ def test_each_request_is_read_again_by_its_place(tmp_path: Path) -> None:
     input_file.close()
 
 
+def test_a_file_of_requests_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"gone.jsonl could not be read for its requests: .*is gone"):
+        list(list_requests(str(tmp_path / "gone.jsonl")))
+
+
+def answer(number: str, custom_id: str, status: int, request_id: str, body: Any) -> AnswerLine:
+    return output_line(number, custom_id, status, request_id, json.dumps(body, ensure_ascii=False, indent=1).encode())
+
+
+def lines_of(folder: Path, ended: Sequence[Ended]) -> tuple[list[Any], list[Any]]:
+    """The lines of the output and of the error file."""
+    reader = SegmentReader(folder)
+    lines = OutputLines(lambda: ended, reader)
+    found = ([json.loads(each) for each in lines.answers()], [json.loads(each) for each in lines.errors()])
+    reader.close()
+    assert (lines.num_answers, lines.num_errors) == tuple(map(len, found))
+    return found
+
+
 def test_answers_of_several_workers_become_an_output_and_an_error_file(tmp_path: Path) -> None:
     folder = tmp_path / "answers"
     first, second = SegmentWriter(folder), SegmentWriter(folder)
-    (a,) = first.append([output_line("1", "a", 200, "req-1", {"text": "é\n"})])
-    b, c = second.append([output_line("2", "b", 400, "req-2", {"error": {}}), output_line("3", "c", 200, "req-3", {})])
-    (d,) = first.append([output_line("4", "d", 200, "req-4", {})])
+    (a,) = first.append([answer("1", "a", 200, "req-1", {"text": "é\n"})])
+    b, c = second.append([answer("2", "b", 400, "req-2", {"error": {}}), answer("3", "c", 200, "req-3", {})])
+    (d,) = first.append([answer("4", "d", 200, "req-4", {})])
     for writer in (first, second):
         writer.close()
     ended = [
@@ -61,24 +85,57 @@ def test_answers_of_several_workers_become_an_output_and_an_error_file(tmp_path:
         Ended(item_id="5", custom_id="e", error_code="batch_expired", error="Too late."),
         Ended(item_id="3", custom_id="c", place=c),
     ]
-    reader = SegmentReader(folder)
-    lines = [(answered, json.loads(text)) for answered, text in lines_of(ended, reader)]
-    reader.close()
-    assert [(answered, content["custom_id"]) for answered, content in lines] == [
-        (True, "d"),
-        (False, "b"),
-        (True, "a"),
-        (False, "e"),
-        (True, "c"),
-    ]
-    assert lines[2][1]["response"]["body"] == {"text": "é\n"} and lines[2][1]["error"] is None
-    assert lines[3][1]["error"] == {"code": "batch_expired", "message": "Too late."} and lines[3][1]["response"] is None
+    answers, errors = lines_of(folder, ended)
+    assert [line["custom_id"] for line in answers] == ["d", "a", "c"]
+    assert [line["custom_id"] for line in errors] == ["b", "e"]
+    assert answers[1] == {
+        "id": "batch_req_1",
+        "custom_id": "a",
+        "response": {"status_code": 200, "request_id": "req-1", "body": {"text": "é\n"}},
+        "error": None,
+    }
+    assert errors[1]["error"] == {"code": "batch_expired", "message": "Too late."} and errors[1]["response"] is None
     assert {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()} == {"600"}
+
+
+def test_answers_after_a_full_disk_are_where_the_segment_says(tmp_path: Path) -> None:
+    segment = SegmentWriter(tmp_path)
+    lines = [answer(str(n), f"id-{n}", 200, "r", {"text": str(n) * 15_000}) for n in range(4)]
+    places = segment.append(lines[:1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            segment.append(lines[1:3])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    places += segment.append(lines[3:]) + segment.append(lines[1:3])
+    segment.close()
+    ended = [
+        Ended(item_id=str(n), custom_id=f"id-{n}", place=place) for n, place in zip((0, 3, 1, 2), places, strict=True)
+    ]
+    answers, errors = lines_of(tmp_path, ended)
+    assert [line["response"]["body"]["text"][0] for line in answers] == ["0", "3", "1", "2"] and errors == []
+
+
+def test_a_damaged_answer_is_an_error_of_its_request_alone(tmp_path: Path) -> None:
+    segment = SegmentWriter(tmp_path)
+    places = segment.append([answer(str(n), f"id-{n}", 200, "r", {"n": n}) for n in range(3)])
+    segment.close()
+    wrong = places[1]._replace(offset=places[1].offset - 5)
+    cut = places[2]._replace(length=places[2].length + 100)
+    ended = [Ended(item_id=str(n), custom_id=f"id-{n}", place=place) for n, place in enumerate((places[0], wrong, cut))]
+    answers, errors = lines_of(tmp_path, ended)
+    assert [line["custom_id"] for line in answers] == ["id-0"]
+    assert [(line["custom_id"], line["error"]["code"]) for line in errors] == [
+        ("id-1", "answer_damaged"),
+        ("id-2", "answer_damaged"),
+    ]
 
 
 def test_a_segment_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="gone.jsonl cannot be read"):
-        SegmentReader(tmp_path).read(AnswerPlace("gone", 0, 3))
+        SegmentReader(tmp_path).read(AnswerPlace("gone", 0, 3, 200))
 
 
 def test_the_sdk_reads_a_batch() -> None:

@@ -6,17 +6,19 @@ import contextlib
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dispatch_world import World, all_ended, rounds_until, script
 from sqlalchemy.orm import Session
 
 from tandem.errors import JobError, LeaseLostError
-from tandem.jobs.dispatch.decisions import Capacity
+from tandem.jobs.dispatch.decisions import Capacity, Decision, first_come_first_served
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.runners.processes import ProcessRunner
@@ -99,6 +101,28 @@ def test_a_fault_in_one_runner_delays_no_other_job(store: JobStore, world: World
     dispatcher = Dispatcher(store, runners, lambda: Capacity(cpus=2.0))
     rounds_until(dispatcher, lambda: store.get(job.id).state is State.FINISHED)
     assert store.get(broken.id).state is State.STARTING
+    dispatcher.close()
+
+
+def test_a_fault_in_the_scheduler_ends_no_dispatcher(store: JobStore, world: World) -> None:
+    faults = [KeyError("a field of a newer release"), ValueError("a wrong spec")]
+
+    def decide(*state: Any) -> Iterable[Decision]:
+        if faults:
+            raise faults.pop()
+        return first_come_first_served(*state)
+
+    job = store.submit(script("a", "true")).job
+    dispatcher = Dispatcher(store, {"process": world.runner()}, lambda: Capacity(cpus=2.0), decide=decide)
+    stop = threading.Event()
+    thread = threading.Thread(target=dispatcher.run, args=(stop,), kwargs={"poll_s": 0.02})
+    thread.start()
+    deadline = time.monotonic() + 240.0
+    while store.get(job.id).state is not State.FINISHED and time.monotonic() < deadline and thread.is_alive():
+        time.sleep(0.02)
+    stop.set()
+    thread.join()
+    assert store.get(job.id).state is State.FINISHED and not faults
     dispatcher.close()
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-from tandem.errors import IdempotencyConflictError, UnknownJobError
+from tandem.errors import IdempotencyConflictError, IllegalTransitionError, UnknownJobError
 from tandem.jobs.work.clock import ManualClock
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import Answer, Item, ItemSubmission, JobSubmission, Lease
@@ -37,8 +37,51 @@ def test_items_are_claimed_by_priority_and_then_in_the_order_of_submission(queue
 
 def test_items_of_an_adapter_can_be_claimed_together(queue: ItemQueue) -> None:
     queue.add([replace(ITEM, adapter=f"adapter-{n % 2}@1") for n in range(6)])
-    claimed = queue.claim("base@1", "a", 30.0, limit=10, adapters=["adapter-1@1"])
+    claimed = queue.claim("base@1", "a", 30.0, limit=10, adapter="adapter-1@1")
     assert [item.adapter for item in claimed] == ["adapter-1@1"] * 3
+
+
+def test_waiting_items_are_listed_by_adapter_and_tenant_and_claimed_of_one_tenant(queue: ItemQueue) -> None:
+    for adapter, tenant in (("b", "lab"), ("a", "lab"), ("a", "art"), ("b", "lab"), ("b", "zoo")):
+        queue.submit(replace(ITEM, adapter=adapter, tenant=tenant))
+    queue.submit(replace(ITEM, queue="other@1", adapter="c"))
+    assert queue.waiting("base@1") == [("a", "art"), ("a", "lab"), ("b", "lab"), ("b", "zoo")]
+    (claimed,) = queue.claim("base@1", "a", 30.0, limit=10, adapter="a", tenant="lab")
+    assert (claimed.adapter, claimed.tenant) == ("a", "lab")
+    assert ("a", "lab") not in queue.waiting("base@1") and queue.waiting("none@1") == []
+
+
+def test_an_item_that_is_given_back_waits_and_counts_no_attempt(queue: ItemQueue, clock: ManualClock) -> None:
+    item = queue.submit(replace(ITEM, max_attempts=1))
+    for _ in range(3):
+        (claimed,) = queue.claim("base@1", "a", 30.0)
+        assert claimed.attempt == 1
+        queue.report([Answer(lease=lease_of(claimed), error="the tenant is at its limit", retry_after_s=20.0)])
+        given_back = queue.get(item.id)
+        assert (given_back.state, given_back.failures, given_back.attempt) == (State.QUEUED, 0, 0)
+        assert queue.claim("base@1", "a", 30.0) == []
+        clock.advance(20.0)
+
+
+def test_a_job_that_is_told_to_leave_or_has_ended_gets_no_items(queue: ItemQueue, store: JobStore) -> None:
+    job = store.submit(BATCH).job.id
+    assert queue.add([replace(ITEM, job=job, position=0)]) == 1
+    assert store.claim(job, "dispatcher", 30.0) is not None
+    for end in (store.pause, store.cancel):
+        end(job)
+        with pytest.raises(IllegalTransitionError, match="takes no more items"):
+            queue.add([replace(ITEM, job=job, position=1)])
+    assert queue.counts(job) == {State.CANCELLED: 1}
+
+
+def test_a_job_is_answered_when_all_of_its_items_have_ended_by_themselves(queue: ItemQueue, store: JobStore) -> None:
+    jobs = [store.submit(BATCH).job.id for _ in range(3)]
+    queue.add([replace(ITEM, job=job, position=n) for n in range(2) for job in jobs])
+    leases = [lease_of(item) for item in queue.claim("base@1", "a", 300.0, limit=5)]
+    queue.report([Answer(lease=leases[0], error="bad", retryable=False), *(Answer(lease=each) for each in leases[1:])])
+    assert queue.answered(jobs) == set(jobs[:2])
+    store.cancel(jobs[2])
+    assert queue.answered(jobs) == set(jobs[:2]), "cancelled items have no answer"
 
 
 def test_workers_that_claim_at_once_get_different_items(url: str) -> None:
