@@ -53,7 +53,8 @@ class Life:
         """Answer as many items of a batch, as a gateway does."""
         segment = SegmentWriter(answers_folder(job))
         items = self.claim(count)
-        lines = [output_line(i.id, str((i.payload or {})["custom_id"]), 200, "r", {"text": text}) for i in items]
+        body = json.dumps({"text": text}).encode()
+        lines = [output_line(i.id, str((i.payload or {})["custom_id"]), 200, "r", body) for i in items]
         places = segment.append(lines)
         segment.close()
         pairs = zip(items, places, strict=True)

@@ -14,6 +14,7 @@ from tandem.jobs.dispatch.runner import RunState
 from tandem.jobs.fine_tuning import FineTuningFolder, FineTuningSpec
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.folder import JobState
+from tandem.jobs.runners.ray import RayRunner
 
 
 class FinishedJobs:
@@ -42,7 +43,7 @@ def test_a_finished_job_ends_also_where_its_results_file_has_no_room(
     )
     FineTuningFolder.create(spec)
     contents = ContentStore.open(files.identity or "", None)
-    runner = FineTuningRunner(lambda: cast(JobClient, FinishedJobs()), files, contents, tenant_bytes)
+    runner = FineTuningRunner(RayRunner(lambda: cast(JobClient, FinishedJobs())), files, contents, tenant_bytes)
     status = runner.state("ftjob-1.1")
     assert status is not None and status.state is RunState.FINISHED and status.result is not None
     result: dict[str, Any] = dict(status.result)
