@@ -10,7 +10,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
@@ -62,7 +62,7 @@ def read_requests(file: IO[bytes]) -> Iterator[BatchRequest]:
         offset += len(raw)
 
 
-def list_requests(location: str) -> Iterator[BatchRequest]:
+def list_requests(location: str) -> Generator[BatchRequest]:
     """The requests of a checked file, read in a child process: its lines may have 10 MB, and parsing holds the interpreter.
 
     StorageError if the file cannot be read.

@@ -52,6 +52,8 @@ PAGE = 1000
 MOST_EVENTS = 10_000
 AWAY = (RegistryUnreachableError, StorageError, LeaseLostError, IllegalTransitionError)
 """Errors of a step that pass: of what is away for the moment, or where a request to leave has not reached the run yet."""
+ENDING = (State.STOPPING, State.EXPIRING)
+"""States of a batch whose run is to end for good."""
 RUNNING = RunStatus(state=RunState.RUNNING)
 
 log = logging.getLogger(__name__)
@@ -133,8 +135,10 @@ class BatchRunner:
             return None
         if run.status.state is RunState.STOPPED and not run.ends:
             # It was paused: it may have been told to end since.
-            self.stop(self._store.get(run.job.id))
-            run.status = RUNNING if run.ends else run.status
+            job = self._store.get(run.job.id)
+            if job.state in ENDING:
+                self.stop(job)
+                run.status = RUNNING
         if run.status.state is RunState.RUNNING:
             self._advance(run)
         status = run.status
@@ -145,7 +149,7 @@ class BatchRunner:
     def stop(self, job: Job) -> None:
         """See `Runner`."""
         if (run := self._runs.get(job.run_name)) is not None:
-            run.ends = job.state in (State.STOPPING, State.EXPIRING)
+            run.ends = job.state in ENDING
             run.stop.set()
 
     # ---- one batch ----
