@@ -133,14 +133,14 @@ class BatchRunner:
         run = self._runs.get(handle)
         if run is None:
             return None
+        if run.status.state is RunState.RUNNING:
+            self._advance(run)
         if run.status.state is RunState.STOPPED and not run.ends:
             # It was paused: it may have been told to end since.
             job = self._store.get(run.job.id)
             if job.state in ENDING:
                 self.stop(job)
                 run.status = RUNNING
-        if run.status.state is RunState.RUNNING:
-            self._advance(run)
         status = run.status
         if status.state is not RunState.RUNNING:
             self._runs.pop(handle, None)

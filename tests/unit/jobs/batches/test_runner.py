@@ -296,8 +296,6 @@ def test_a_batch_that_is_cancelled_while_it_pauses_has_an_output(
     job = start(store, runner, tmp_path / "in.jsonl", [request(n) for n in range(2)])
     answer(job, 1)
     runner.stop(store.pause(job.id))
-    runner.state(job.run_name)
-    time.sleep(0.3)
     store.cancel(job.id)
     status = ended(runner, job)
     assert status.state is RunState.STOPPED and status.result is not None and status.result["completed"] == 1
