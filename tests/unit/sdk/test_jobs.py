@@ -46,7 +46,8 @@ def test_every_request_of_the_clients_is_in_the_openapi_document() -> None:
     sent = [
         page, requests.job_request("j"), requests.events_request("j", "1.0"), requests.event_stream_request("j", "1.0"),
         requests.log_request("j", 1, 1, follow=True), requests.metrics_request("j", ["loss"], 1),
-        requests.lineage_request("j"), requests.queue_request("t"),
+        requests.lineage_request("j"), requests.queue_request("t"), requests.capacity_request("t"),
+        requests.usage_request(["model"], since=None, until=None, tenant="t", offset=0),
         *(requests.action_request("j", action) for action in get_args(wire.JobAction)),
     ]  # fmt: skip
     paths = job_paths()
