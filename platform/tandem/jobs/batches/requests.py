@@ -21,7 +21,6 @@ from tandem.files.content import READ_BYTES, open_content
 from tandem.settings import child_environment
 from tandem.storage import Location, base_name, file_system, store_errors
 
-
 log = logging.getLogger(__name__)
 
 
