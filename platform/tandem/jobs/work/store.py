@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tandem.db.schema import JobRow
+from tandem.errors import IllegalTransitionError
 from tandem.jobs.work.event_log import append_events, read_events
+from tandem.jobs.work.leader import Term, check_term
 from tandem.jobs.work.records import Job, JobPage, Lease, NumberedEvent
 from tandem.jobs.work.rows import to_job
 from tandem.jobs.work.runs import JobRuns
@@ -55,22 +58,40 @@ class JobStore(JobSubmissions, JobRuns):
         """Let a held job start."""
         return self.change(job_id, Action.RELEASE, reason=reason)
 
-    def preempt(self, job_id: str, *, reason: str | None = None, workers: int | None = None) -> Job:
+    def preempt(
+        self,
+        job_id: str,
+        *,
+        reason: str | None = None,
+        workers: int | None = None,
+        term: Term | None = None,
+        attempt: int | None = None,
+    ) -> Job:
         """Let a job save and leave, and wait in the queue again.
 
-        With `workers`, its next attempt is to have so many; the event that says so tells a resize from a preemption.
+        With `workers`, its next attempt is to have so many; the event that says so tells a resize from a preemption. `term` and
+        `attempt` fence a dispatcher's decision: LeaseLostError unless the term is the newest, IllegalTransitionError where the
+        job is in another attempt.
         """
         with self._transaction() as (session, now):
-            row = locked_job(session, job_id)
+            row = _decided_job(session, job_id, term, attempt)
             if change_state(session, row, Action.PREEMPT, now, reason=reason) and workers is not None:
                 append_events(
                     session, row, [ResizeRequested(workers=workers, attempt=row.attempt, reason=row.reason)], now
                 )
             return to_job(row)
 
-    def expire(self, job_id: str, *, reason: str | None = None) -> Job:
-        """End a job that has used up its time: at once where it waits, else with a checkpoint, as soon as it has left."""
-        return self.change(job_id, Action.EXPIRE, reason=reason)
+    def expire(
+        self, job_id: str, *, reason: str | None = None, term: Term | None = None, attempt: int | None = None
+    ) -> Job:
+        """End a job that has used up its time: at once where it waits, else with a checkpoint, as soon as it has left.
+
+        `term` and `attempt` as for `preempt`.
+        """
+        with self._transaction() as (session, now):
+            row = _decided_job(session, job_id, term, attempt)
+            change_state(session, row, Action.EXPIRE, now, reason=reason)
+            return to_job(row)
 
     def requeue(self, job_id: str, *, reason: str | None = None) -> Job:
         """Run a job again that ended without success, such as a dead letter; its failures are counted anew."""
@@ -150,3 +171,13 @@ class JobStore(JobSubmissions, JobRuns):
         """A job's events with numbers above `after`, oldest first."""
         with self._reading() as session:
             return read_events(session, job_id, after=after, limit=limit)
+
+
+def _decided_job(session: Session, job_id: str, term: Term | None, attempt: int | None) -> JobRow:
+    """The locked row of a job about which the leader of a term has decided, seeing it in an attempt; None: not checked."""
+    if term is not None:
+        check_term(session, term)
+    row = locked_job(session, job_id)
+    if attempt not in (None, row.attempt):
+        raise IllegalTransitionError(f"The decision was about attempt {attempt}; the job is in attempt {row.attempt}.")
+    return row
