@@ -86,6 +86,15 @@ async def test_a_change_needs_the_role_trainer_and_a_state_that_allows_it(jobs: 
     assert await change("admin", "requeue") == (200, "queued")
 
 
+async def test_a_job_whose_file_is_gone_is_not_queued_again(jobs: JobsWorld) -> None:
+    job = jobs.submit(spec={"files": ["file-gone"]})
+    jobs.store.cancel(job)
+    async with jobs.http("trainer") as http:
+        response = await http.post(f"/v1/tandem/jobs/{job}/requeue")
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_file")
+    assert jobs.store.get(job).state == "cancelled"
+
+
 async def test_events_are_a_page_or_lines_or_a_stream_that_goes_on_after_an_id(jobs: JobsWorld) -> None:
     job = jobs.submit()
     _, lease = jobs.start(job)

@@ -76,7 +76,7 @@ class Work:
         """The routes for Starlette."""
         batches = BatchService(self._store, self._queue, self._files, self._config.batches)
         fine_tuning = FineTuningService(self._store, self._files, self._config.fine_tuning)
-        tracking = JobTracking(self._store, self._queue_state, self._run_logs)
+        tracking = JobTracking(self._store, self._queue_state, self._files, self._run_logs)
         return [
             *BatchRoutes(batches, self._calls, self._config.batches).routes(),
             *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning).routes(),

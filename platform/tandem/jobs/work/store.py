@@ -6,7 +6,7 @@ kept in memory: a process that dies between two calls loses nothing that was ans
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -31,12 +31,31 @@ class JobStore(JobSubmissions, JobRuns):
 
     # ---- requests of clients and operators ----
 
-    def change(self, job_id: str, action: Action, *, reason: str | None = None) -> Job:
-        """Apply an action to a job; IllegalTransitionError where its kind and state do not allow that. See the methods below."""
+    def change(
+        self,
+        job_id: str,
+        action: Action,
+        *,
+        reason: str | None = None,
+        also: Callable[[Session, Job], None] | None = None,
+    ) -> Job:
+        """Apply an action to a job; IllegalTransitionError where its kind and state do not allow that. See the methods below.
+
+        `also`: what else is done in the transaction where the state changes. An error of it undoes both.
+        """
         with self._transaction() as (session, now):
             row = locked_job(session, job_id)
-            change_state(session, row, action, now, reason=reason)
+            if change_state(session, row, action, now, reason=reason) and also is not None:
+                also(session, to_job(row))
             return to_job(row)
+
+    def if_ended(self, job_id: str, work: Callable[[Session], None]) -> bool:
+        """Do `work` in a transaction if a job has ended, which nobody queues again meanwhile; whether it has ended."""
+        with self._transaction() as (session, _):
+            if not State(locked_job(session, job_id).state).ended:
+                return False
+            work(session)
+            return True
 
     def cancel(self, job_id: str, *, reason: str | None = None) -> Job:
         """End a job: at once where it waits, else as soon as nothing of it runs. One that has ended stays as it is."""
