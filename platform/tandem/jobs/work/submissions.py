@@ -31,6 +31,7 @@ _OF_SUBMISSION = (
     "min_workers",
     "max_workers",
 )
+_NOT_ENDED = [state.value for state in State if not state.ended]
 _ACTIONS_TO = {
     State.RUNNING: (),
     State.FINISHED: (Action.FINISH,),
@@ -122,6 +123,12 @@ class JobSubmissions(WorkConnection):
             row.error, row.result = past.error, None if past.result is None else dict(past.result)
             row.ended_at = past.ended_at
             return True
+
+
+def is_over_active(session: Session, tenant: str, runner: str, most: int) -> bool:
+    """Whether a tenant has more than `most` jobs of a runner that have not ended."""
+    of_tenant = (JobRow.tenant == tenant, JobRow.runner == runner, JobRow.state.in_(_NOT_ENDED))
+    return len(session.scalars(select(JobRow.number).where(*of_tenant).limit(most + 1)).all()) > most
 
 
 def _insert(session: Session, values: Mapping[str, Any]) -> JobRow | None:
