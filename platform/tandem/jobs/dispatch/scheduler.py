@@ -199,7 +199,8 @@ class Scheduler:
                 if reason is None:
                     reason = f"waits behind {ahead} job{'' if ahead == 1 else 's'}{of_tenant}"
                     if first is not None and first.id in held:
-                        reason += f", of which the first, {first.id}, {held[first.id]}"
+                        # Not its reason: each change of that would be written to all rows behind it.
+                        reason += f", of which {first.id} is the first"
                 yield actions.Wait(job_id=job.id, reason=reason)
 
 

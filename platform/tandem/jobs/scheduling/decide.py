@@ -241,7 +241,7 @@ class SchedulingPass:
             self._holds[job.id] = Hold(job_id=job.id, reason=reason(*arguments), expected_s=expected_s, band=band)
 
     def _hold_back(self, job: Job, reservation: Reservation) -> None:
-        self._hold(job, reasons.would_delay, job, self._policy, reservation.job, reservation.start_s, self._now)
+        self._hold(job, reasons.would_delay, job, self._policy, reservation.job, reservation.start_s)
 
     # Elastic runs
 

@@ -62,13 +62,12 @@ def behind(free: Pool, job: Job, first: Job) -> str:
     return f"waits for {needed(job)}; {usable(free, job)}, and {named(first, job)} is before it"
 
 
-def would_delay(job: Job, policy: Policy, first: Job, start_s: float, now: float) -> str:
-    """Of a job that fits now, in the way of the first."""
-    end_s = now + job.expected_s(policy)
+def would_delay(job: Job, policy: Policy, first: Job, start_s: float) -> str:
+    """Of a job that fits now, in the way of the first. The text stays the same while nothing happens: it is written to rows."""
     limit = "its time limit" if job.time_limit_s is not None else "the default time limit"
     return (
-        f"waits though {needed(job)} are free: by {limit} it may run until {clock(end_s)}, and {named(first, job)} gets them at "
-        f"{clock(start_s)}. A time limit of {duration(max(0.0, start_s - now))} would let it start now"
+        f"waits though {needed(job)} are free: by {limit} of {duration(job.expected_s(policy))} it may run beyond "
+        f"{clock(start_s)}, when {named(first, job)} gets them. A time limit that ends by then would let it start now"
     )
 
 

@@ -6,6 +6,7 @@ kept in memory: a process that dies between two calls loses nothing that was ans
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from sqlalchemy import select
@@ -24,6 +25,8 @@ from tandem.jobs.work.transitions import change_state, check_lease, lease_lost, 
 from tandem.observability.events import Event, ResizeRequested
 
 EXPIRABLE = [state.value for state in State if not state.ended and state not in (State.STOPPING, State.EXPIRING)]
+EXPLAINED_AT_ONCE = 500
+"""Jobs whose reasons are written in one transaction: a statement has few parameters, and nobody waits long for the rows."""
 
 
 class JobStore(JobSubmissions, JobRuns):
@@ -129,10 +132,12 @@ class JobStore(JobSubmissions, JobRuns):
 
     def explain(self, reasons: Mapping[str, str], state: State = State.QUEUED) -> None:
         """Record why jobs are still in a state, by id; jobs in other states are left alone."""
-        with self._transaction() as (session, _):
-            query = select(JobRow).where(JobRow.id.in_(reasons), JobRow.state == state.value)
-            for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
-                row.reason = reasons[row.id]
+        ids = iter(reasons)
+        while some := list(itertools.islice(ids, EXPLAINED_AT_ONCE)):
+            with self._transaction() as (session, _):
+                query = select(JobRow).where(JobRow.id.in_(some), JobRow.state == state.value)
+                for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
+                    row.reason = reasons[row.id]
 
     # ---- reading ----
 

@@ -147,8 +147,10 @@ def test_the_reason_of_a_job_that_would_delay_the_first_names_the_limit_that_let
     state.submit(job("long", 2, submitted_s=2.0, time_limit_s=4 * HOUR_S), 1800)
     state.submit(job("also long", 2, submitted_s=3.0, time_limit_s=4 * HOUR_S), 1800)
     hold = explain(state, "lab", "long", 1800)
-    assert "it may run until 1970-01-01 04:30 UTC, and job first gets them at 1970-01-01 01:00 UTC" in hold.reason
-    assert "A time limit of 0:30:00 would let it start now" in hold.reason
+    assert (
+        "by its time limit of 4:00:00 it may run beyond 1970-01-01 01:00 UTC, when job first gets them" in hold.reason
+    )
+    assert "A time limit that ends by then would let it start now" in hold.reason
     assert explain(state, "lab", "also long", 1800).reason.startswith(
         "waits behind 2 jobs of tenant lab, of which the first"
     )

@@ -254,6 +254,12 @@ def test_a_job_whose_deadline_has_passed_expires(store: JobStore, clock: ManualC
     assert (again.state, again.deadline) == (State.QUEUED, None), "it does not expire once more"
 
 
+def test_reasons_of_more_jobs_than_a_statement_has_parameters_are_recorded(store: JobStore) -> None:
+    job = store.submit(ONE_OFF).job
+    store.explain({f"other-{number}": "waits" for number in range(70_000)} | {job.id: "waits for 2 GPUs"})
+    assert store.get(job.id).reason == "waits for 2 GPUs"
+
+
 def test_a_decision_about_an_earlier_attempt_changes_nothing(store: JobStore) -> None:
     job, lease = running(store)
     store.preempt(job.id, attempt=1)
