@@ -59,7 +59,7 @@ class JobTracking:
         UnknownFileError where a job that reads files is to run again and one of them is gone.
         """
         self._store.get(job_id, tenant=tenant)
-        if action == Action.REQUEUE:
+        if action == "requeue":
             return job_to_wire(requeue_with_files(self._store, self._files, job_id, reason=REQUESTED))
         return job_to_wire(self._store.change(job_id, Action(action), reason=REQUESTED))
 

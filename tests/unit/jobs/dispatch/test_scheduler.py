@@ -36,7 +36,7 @@ def test_an_urgent_job_starts_first_and_the_others_are_told_why_they_wait(world:
     assert world.job("urgent").state is State.FINISHED and world.workers("first") == 4
 
 
-def test_reasons_are_written_again_only_when_something_happens(world: World) -> None:
+def test_reasons_are_written_again_only_when_something_happens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.config = with_tenants({"a": {"quota": {"gpus": 6, "cpus": 8}}})
     world.restart()
     world.store.submit(submission("running", 2, tenant="a", scheduling={"time_limit": "1:00:00", "priority": "high"}))
@@ -48,10 +48,8 @@ def test_reasons_are_written_again_only_when_something_happens(world: World) -> 
     said = [world.job(name).reason for name in ("large", "behind", "long")]
     assert "a job of another tenant gets them" in str(said[2])
     written: list[Mapping[str, str]] = []
-    explain = world.store.explain
-    world.store.explain = written.append  # type: ignore[assignment,method-assign]
+    monkeypatch.setattr(world.store, "explain", written.append)
     world.rounds(100)
-    world.store.explain = explain  # type: ignore[method-assign]
     assert written == []
 
 
