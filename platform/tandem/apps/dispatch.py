@@ -27,6 +27,7 @@ from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.history import read_history
 from tandem.jobs.dispatch.runner import Runner
 from tandem.jobs.dispatch.scheduler import Scheduler
+from tandem.jobs.file_jobs import release_files
 from tandem.jobs.fine_tuning.runner import FineTuningRunner
 from tandem.jobs.fine_tuning.stored import RUNNER as FINE_TUNING
 from tandem.jobs.fine_tuning.stored import SLURM_RUNNER as SLURM
@@ -159,18 +160,19 @@ class FileReleases:
 
     def release(self) -> list[str]:
         """Release now; returns the jobs whose files are released."""
-        released = [job_id for job_id in sorted(self._files.readers()) if self._is_over(job_id)]
-        for job_id in released:
-            self._files.release(job_id)
-            self._missing_since.pop(job_id, None)
-        return released
+        return [job_id for job_id in sorted(self._files.readers()) if self._release(job_id)]
 
-    def _is_over(self, job_id: str) -> bool:
+    def _release(self, job_id: str) -> bool:
+        """Release the files of a job that has ended, or is missing for long; whether it did."""
         try:
-            return self._store.get(job_id).state.ended
+            return release_files(self._store, self._files, job_id)
         except UnknownJobError:
             since = self._missing_since.setdefault(job_id, time.monotonic())
-            return time.monotonic() - since > UNKNOWN_AFTER_S
+            if time.monotonic() - since <= UNKNOWN_AFTER_S:
+                return False
+        self._files.release(job_id)
+        self._missing_since.pop(job_id, None)
+        return True
 
 
 def job_client(registry: RegistryAddress) -> JobClient:

@@ -22,6 +22,8 @@ T = TypeVar("T")
 CHECKED = (Purpose.FINE_TUNE,)
 """Purposes whose content is checked after the upload; that of a batch is checked when the batch is made."""
 LONGEST_DETAILS = 1024
+MOST_EXPIRED = 1000
+"""Files that are deleted at once when they have expired."""
 KEPT_ROWS = timedelta(days=30)
 """Time for which the row of a deleted file stays, so that a list can go on after it."""
 
@@ -178,11 +180,12 @@ class FileStore(RegistryConnection):
             )
 
     def expire(self) -> int:
-        """Delete the files that have expired, a thousand at most; how many there were."""
+        """Delete files that have expired and that no job reads, `MOST_EXPIRED` at most; how many there were."""
         now = datetime.now(UTC)
         with self._reading() as session:
-            query = select(FileRow.id).where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now)
-            due = session.scalars(query.limit(1000)).all()
+            # Without those that jobs read: a thousand of them would keep all others.
+            is_due = (FileRow.deleted_at.is_(None), FileRow.expires_at <= now, FileRow.num_uses == 0)
+            due = session.scalars(select(FileRow.id).where(*is_due).limit(MOST_EXPIRED)).all()
         if not due:
             return 0
         with self._adding() as session:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from tandem.db.inserts import insert_into
@@ -24,6 +24,11 @@ def take_bytes(session: Session, tenant: str, size_bytes: int, quota_bytes: int)
     if not taken.rowcount:  # type: ignore[attr-defined]
         used = session.get_one(FileTenantRow, tenant).bytes
         raise quota_error(tenant, size_bytes, used, quota_bytes)
+
+
+def lock_tenant(session: Session, tenant: str) -> None:
+    """Wait for other transactions that count what a tenant with files has, and let those that follow wait for this one."""
+    session.execute(select(FileTenantRow.tenant).where(FileTenantRow.tenant == tenant).with_for_update())
 
 
 def give_back_bytes(session: Session, tenant: str, size_bytes: int) -> None:

@@ -105,7 +105,7 @@ def create_app(
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
     stored = StoredAnswerService(registry.address, config)
     model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting, stored).routes()
-    work = Work(registry.address, catalog, admission, identity, config, name, model_routes, run_logs)
+    work = Work(registry.address, catalog, admission, identity, accounting, config, name, model_routes, run_logs)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 

@@ -217,5 +217,6 @@ def test_a_child_process_checks_a_stored_content(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(CHAT, {}))
     assert ContentCheck().run(Purpose.FINE_TUNE, str(path), 60) == check_training([path.read_bytes()])
-    with pytest.raises(FileError, match="is gone"):
+    with pytest.raises(FileError, match="The content of none could not be checked: it is gone") as failed:
         ContentCheck().run(Purpose.FINE_TUNE, str(tmp_path / "none"), 60)
+    assert str(tmp_path) not in str(failed.value)

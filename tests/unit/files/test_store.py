@@ -102,6 +102,20 @@ def test_an_expired_file_stays_while_a_job_reads_it(store: UploadStore) -> None:
     assert store.deleted_contents() == []
 
 
+def test_expired_files_that_jobs_read_keep_no_others(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.files.store.MOST_EXPIRED", 2)
+    files = [add(store, lifetime_s=3600) for _ in range(5)]
+    for file in files[:4]:
+        store.hold(file.id, "lab", "paused")
+    with store._adding() as session:
+        session.execute(update(FileRow).values(expires_at=datetime.now(UTC) - timedelta(seconds=1)))
+        # Held ones come first by time.
+        free = update(FileRow).where(FileRow.id == files[4].id)
+        session.execute(free.values(expires_at=datetime.now(UTC) - timedelta(milliseconds=1)))
+    assert store.expire() == 1
+    assert [file_id for file_id, _ in store.deleted_contents()] == [files[4].id]
+
+
 def test_requests_at_once_with_one_idempotency_key_make_one_file(store: UploadStore) -> None:
     once = Condition(once="k" * 64)
     made = at_once(4, lambda: store.add(new(), quota_bytes=QUOTA, once=once))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from jobs_world import JobsWorld, jobs_world
 
+from tandem.auth import KeyStore, Limits, Role
 from tandem.jobs.work.states import JobKind
 from tandem.observability.events import Evaluated, Step
+from tandem.usage import UsageStore
 
 
 @pytest.fixture
@@ -84,6 +87,43 @@ async def test_a_change_needs_the_role_trainer_and_a_state_that_allows_it(jobs: 
     assert await change("trainer", "resume") == (200, "queued")
     assert await change("trainer", "cancel") == (200, "cancelled")
     assert await change("admin", "requeue") == (200, "queued")
+
+
+async def test_changes_of_jobs_count_as_requests_and_a_tenant_that_is_shut_off_makes_none(jobs: JobsWorld) -> None:
+    keys = KeyStore.at(jobs.world.registry.address)
+    for name, most in (("few", 2), ("off", 0)):
+        limits = Limits(requests_per_minute=most)
+        created = keys.create(name, tenant="lab", role=Role.TRAINER, limits=limits, by="test")
+        jobs.keys[name] = created.secret
+    job = jobs.submit()
+
+    async def change(key: str, path: str) -> int:
+        async with jobs.http(key) as http:
+            return (await http.post(path, json={})).status_code
+
+    while await change("few", "/v1/tandem/jobs/none/hold") == 401:
+        await asyncio.sleep(0.1)
+    assert await change("few", f"/v1/tandem/jobs/{job}/hold") == 200
+    assert await change("few", f"/v1/tandem/jobs/{job}/release") == 429
+    for path in ("/v1/batches", "/v1/batches/b/cancel", "/v1/fine_tuning/jobs", f"/v1/tandem/jobs/{job}/release"):
+        while (status := await change("off", path)) == 401:
+            await asyncio.sleep(0.1)
+        assert status == 429
+    assert jobs.store.get(job).state == "held"
+    async with jobs.http("few") as http:
+        assert (await http.get(f"/v1/tandem/jobs/{job}")).status_code == 200, "reads do not count"
+    await jobs.world.app.state.files._accounting.usage.flush()
+    rows = UsageStore.at(jobs.world.registry.address).sums(["tenant", "route"], tenant="lab")
+    assert [(row["route"], row["requests"]) for row in rows] == [("/v1/tandem/jobs", 2)]
+
+
+async def test_a_job_whose_file_is_gone_is_not_queued_again(jobs: JobsWorld) -> None:
+    job = jobs.submit(spec={"files": ["file-gone"]})
+    jobs.store.cancel(job)
+    async with jobs.http("trainer") as http:
+        response = await http.post(f"/v1/tandem/jobs/{job}/requeue")
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_file")
+    assert jobs.store.get(job).state == "cancelled"
 
 
 async def test_events_are_a_page_or_lines_or_a_stream_that_goes_on_after_an_id(jobs: JobsWorld) -> None:

@@ -44,6 +44,8 @@ class FineTuningConfig:
     """Newest checkpoints that can be called as models."""
     max_epochs: int = 50
     """Epochs that a client may request at most."""
+    max_active: int = 100
+    """Jobs of one tenant that have not ended, at most."""
 
     @staticmethod
     def as_written(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,6 +78,7 @@ class FineTuningConfig:
         check.at_least("gateway.fine_tuning.sequence_length", self.sequence_length, 8)
         check.at_least("gateway.fine_tuning.checkpoints", self.checkpoints, 0)
         check.at_least("gateway.fine_tuning.max_epochs", self.max_epochs, 1)
+        check.at_least("gateway.fine_tuning.max_active", self.max_active, 1)
         check.one_of("gateway.fine_tuning.precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
         check.at_least("gateway.fine_tuning.learning_rate", self.learning_rate, 1e-12)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 import sys
 import threading
@@ -11,10 +12,14 @@ from tandem.errors import FileError
 from tandem.files.checks.report import Finding, Report
 from tandem.files.records import Purpose
 from tandem.settings import child_environment
+from tandem.storage import base_name
 
 TIMEOUT, KILLED = "timeout", "killed"
 UNCHECKED = (TIMEOUT, KILLED)
 """Codes of findings that say nothing about the content: the check did not end, and another one may."""
+
+
+log = logging.getLogger(__name__)
 
 
 class ContentCheck:
@@ -58,7 +63,11 @@ class ContentCheck:
             )
         if process.returncode:
             last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
-            raise FileError(f"The check of {location} ended with {process.returncode}: {last_line[:300]}")
+            log.warning("The check of %s ended with %d: %s", location, process.returncode, last_line[:300])
+            # Without the location: the tenant reads this.
+            raise FileError(
+                f"The content of {base_name(location)} could not be checked: it is gone, or its store does not answer."
+            )
         return Report.from_json(output)
 
     def kill(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -96,6 +97,19 @@ class Accounting:
         account = RequestAccount(self, self.subjects(principal), UsageLabels("", "", "", "", ""), TokenCounts(0, 0))
         await account.acquire()
         account.close(reached_engine=False)
+
+    @contextlib.asynccontextmanager
+    async def counted(self, principal: Principal, route: str) -> AsyncIterator[None]:
+        """A request that no engine answers: it counts for limits and usage, without tokens; ApiError 429."""
+        self.check_rate(principal)
+        labels = UsageLabels(principal.key_id, principal.tenant, "", "", route)
+        account = self.open(principal, labels, TokenCounts(0, 0))
+        await account.acquire()
+        try:
+            yield
+        finally:
+            account.close(reached_engine=False)
+            self.usage.add(labels, UsageCounts(requests=1))
 
     def remember(self, refusal: Refusal) -> None:
         """Cache the refusal of a key or tenant that has used all requests of its minute."""

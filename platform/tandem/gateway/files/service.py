@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from tandem.auth.principal import Principal, Role
 from tandem.config.serving.app import GatewayConfig
-from tandem.engine.usage import TokenCounts
 from tandem.errors import (
     FileError,
     FileInUseError,
@@ -32,7 +31,6 @@ from tandem.gateway.files.intake import in_thread
 from tandem.gateway.files.upkeep import Upkeep
 from tandem.gateway.identity.authentication import principal_of
 from tandem.gateway.requests.held_bytes import HeldBytes
-from tandem.usage import UsageCounts, UsageLabels
 
 T = TypeVar("T")
 
@@ -115,15 +113,8 @@ class FileService:
         """The caller of a POST, which counts as a request for limits and usage, without tokens; ApiError 429, 403."""
         principal = principal_of(request.scope)
         check_origin(request, principal, self.config.cors_origins)
-        self._accounting.check_rate(principal)
-        labels = UsageLabels(principal.key_id, principal.tenant, "", "", route)
-        account = self._accounting.open(principal, labels, TokenCounts(0, 0))
-        await account.acquire()
-        try:
+        async with self._accounting.counted(principal, route):
             yield principal
-        finally:
-            account.close(reached_engine=False)
-            self._accounting.usage.add(labels, UsageCounts(requests=1))
 
 
 def check_purpose(principal: Principal, purpose: Purpose) -> None:

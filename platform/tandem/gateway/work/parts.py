@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
 from tandem.config.serving.app import GatewayConfig
 from tandem.files.store import FileStore
+from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.errors import EXCEPTION_HANDLERS
+from tandem.gateway.identity.authentication import principal_of
 from tandem.gateway.identity.parts import Identity
 from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.routes.batches import BatchRoutes
@@ -44,6 +49,7 @@ class Work:
         catalog: Catalog,
         admission: Admission,
         identity: Identity,
+        accounting: Accounting,
         config: GatewayConfig,
         name: str,
         model_routes: Sequence[BaseRoute],
@@ -59,6 +65,7 @@ class Work:
         self._run_logs = run_logs
         self._config = config
         self._catalog = catalog
+        self._accounting = accounting
         self.webhooks = WebhookSender(Deliveries.at(address), config.webhooks)
         self.worker = BatchWorker(
             ItemQueue.at(address),
@@ -76,16 +83,32 @@ class Work:
         """The routes for Starlette."""
         batches = BatchService(self._store, self._queue, self._files, self._config.batches)
         fine_tuning = FineTuningService(self._store, self._files, self._config.fine_tuning)
-        tracking = JobTracking(self._store, self._queue_state, self._run_logs)
-        return [
+        tracking = JobTracking(self._store, self._queue_state, self._files, self._run_logs)
+        routes = [
             *BatchRoutes(batches, self._calls, self._config.batches).routes(),
             *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning).routes(),
             *JobRoutes(tracking, self._calls, self._log_calls).routes(),
             *ConsumptionRoutes(self._usage, self._capacity, self._calls).routes(),
         ]
+        return [counted(route, self._accounting) for route in routes]
 
     def close(self) -> None:
         """End threads and connections."""
         stores = (self._store, self._queue, self._queue_state, self._files, self._usage, self._capacity)
         for closeable in (self._calls, self._log_calls, *stores):
             closeable.close()
+
+
+def counted(route: BaseRoute, accounting: Accounting) -> BaseRoute:
+    """The route; a POST counts as a request for limits and usage, as one of files does."""
+    if not isinstance(route, Route) or "POST" not in (route.methods or ()):
+        return route
+    endpoint, collection = route.endpoint, route.path.partition("/{")[0]
+
+    @functools.wraps(endpoint)
+    async def count(request: Request) -> Response:
+        async with accounting.counted(principal_of(request.scope), collection):
+            response: Response = await endpoint(request)
+            return response
+
+    return Route(route.path, count, methods=["POST"])

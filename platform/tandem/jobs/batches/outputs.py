@@ -67,7 +67,8 @@ class BatchOutputs:
             filename=f"{job.id}_{kind}.jsonl",
             quota_bytes=self._tenant_bytes,
             lifetime_s=job.spec.get("output_lifetime_s"),
-            once=Condition(once=fingerprint(f"{kind} of {job.id}")),
+            # Of the attempt: a batch that runs again has more answers than before.
+            once=Condition(once=fingerprint(f"{kind} of {job.run_name}")),
         )
         return record.id
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
@@ -18,7 +19,9 @@ from tandem.api.bounded_json import TooManyValuesError, parse_object
 from tandem.errors import DataError, StorageError
 from tandem.files.content import READ_BYTES, open_content
 from tandem.settings import child_environment
-from tandem.storage import Location, file_system, store_errors
+from tandem.storage import Location, base_name, file_system, store_errors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,11 @@ def list_requests(location: str) -> Generator[BatchRequest]:
             raise
     if child.returncode:
         last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
-        raise StorageError(f"{location} could not be read for its requests: {last_line[:300]}")
+        log.warning("The listing of the requests in %s ended with %d: %s", location, child.returncode, last_line[:300])
+        # Without the location: the tenant reads this.
+        raise StorageError(
+            f"{base_name(location)} could not be read for its requests: it is gone, or its store does not answer."
+        )
 
 
 class InputFile:
@@ -105,7 +112,9 @@ class InputFile:
         except TooManyValuesError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._location} has changed since the batch was made. Upload the file again.") from error
+            raise DataError(
+                f"{base_name(self._location)} has changed since the batch was made. Upload the file again."
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from tandem.api.openai import batches as wire
 from tandem.config.serving.batches import BatchesConfig
-from tandem.errors import FileError, JobError, UnknownFileError, UnknownJobError
+from tandem.errors import FileError, UnknownFileError, UnknownJobError
 from tandem.files.records import FileRecord, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.batches.stored import RUNNER, TYPE
@@ -16,10 +16,8 @@ from tandem.jobs.batches.view import PREFIX, batch_to_wire
 from tandem.jobs.file_jobs import submit_with_files
 from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import Job, JobSubmission, Resources
-from tandem.jobs.work.states import REQUESTED, JobKind, State
+from tandem.jobs.work.states import REQUESTED, JobKind
 from tandem.jobs.work.store import JobStore
-
-NOT_ENDED = tuple(state for state in State if not state.ended)
 
 
 class BatchService:
@@ -44,7 +42,6 @@ class BatchService:
 
         `models`: that the caller may use; empty: all.
         """
-        self._check_active(tenant)
         file = self._file(creation.input_file_id, tenant)
         submission = JobSubmission(
             kind=JobKind.BATCH,
@@ -67,7 +64,8 @@ class BatchService:
             resources=Resources(cpus_per_worker=0.0),
             deadline=self._store.now() + timedelta(seconds=wire.WINDOW_S),
         )
-        return self._to_wire(submit_with_files(self._store, self._files, submission, [file]))
+        most = self._config.max_active
+        return self._to_wire(submit_with_files(self._store, self._files, submission, [file], max_active=most))
 
     def get(self, batch_id: str, tenant: str | None) -> wire.Batch:
         """One batch; UnknownJobError if the tenant has none of that id."""
@@ -94,14 +92,6 @@ class BatchService:
         if job.spec.get("type") != TYPE:
             raise UnknownJobError(f"There is no batch {batch_id[:120]!r}.")
         return job
-
-    def _check_active(self, tenant: str) -> None:
-        most = self._config.max_active
-        active = self._store.page(tenant=tenant, kinds=[JobKind.BATCH], states=NOT_ENDED, limit=most)
-        if len(active.jobs) >= most:
-            raise JobError(
-                f"{tenant} has {most} batches that have not ended, and may have no more. Wait for one, or cancel one."
-            )
 
     def _file(self, file_id: str, tenant: str) -> FileRecord:
         try:

@@ -108,7 +108,9 @@ def first_come_first_served(
                 )
             )
         elif blocked_by is not None:
-            decisions.append(Wait(job_id=job.id, reason=f"waits behind {blocked_by.id}"))
+            # A tenant reads the reason, and learns nothing of others by it.
+            ahead = blocked_by.id if blocked_by.tenant == job.tenant else "a job of another tenant"
+            decisions.append(Wait(job_id=job.id, reason=f"waits behind {ahead}"))
         elif (workers := _workers_that_fit(need, free_cpus, free_gpus)) < need.min_workers:
             decisions.append(
                 Wait(job_id=job.id, reason=f"waits for {_amount(need)}; {_shown(free_cpus, free_gpus)} are free")

@@ -252,10 +252,10 @@ class Dispatcher:
         try:
             match decision:
                 case Preempt(reason=reason):
-                    self._store.preempt(job.id, reason=reason)
+                    self._store.preempt(job.id, reason=reason, term=self._term, attempt=job.attempt)
                 case Resize(reason=reason, workers=workers):
-                    self._store.preempt(job.id, reason=reason, workers=workers)
+                    self._store.preempt(job.id, reason=reason, workers=workers, term=self._term, attempt=job.attempt)
                 case Expire(reason=reason):
-                    self._store.expire(job.id, reason=reason)
+                    self._store.expire(job.id, reason=reason, term=self._term, attempt=job.attempt)
         except IllegalTransitionError as error:
             log.info("Job %s: %s", job.id, error)

@@ -7,6 +7,7 @@ round; a resize that its dispatcher did not live to see goes on as a preemption.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
@@ -25,6 +26,8 @@ from tandem.jobs.work.states import State
 
 EXPLAINED_JOBS = 100
 """Jobs of each tenant, from its first on, whose place in the queue is told as the reason for which they wait."""
+
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -163,6 +166,9 @@ class Scheduler:
     def _decide(self) -> Iterator[actions.Decision]:
         reasons: dict[str, str] = {}
         for decision in decide(self.state, self._now_s):
+            if isinstance(decision, Preempt | Shrink) and decision.for_job:
+                # The reason names no job of another tenant.
+                log.info("Job %s gives way to job %s.", decision.job_id, decision.for_job)
             match decision:
                 case Start(job_id=job_id, placement=placement):
                     del self._queued[job_id]
@@ -193,7 +199,8 @@ class Scheduler:
                 if reason is None:
                     reason = f"waits behind {ahead} job{'' if ahead == 1 else 's'}{of_tenant}"
                     if first is not None and first.id in held:
-                        reason += f", of which the first, {first.id}, {held[first.id]}"
+                        # Not its reason: each change of that would be written to all rows behind it.
+                        reason += f", of which {first.id} is the first"
                 yield actions.Wait(job_id=job.id, reason=reason)
 
 

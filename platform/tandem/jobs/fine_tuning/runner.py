@@ -49,7 +49,7 @@ class FineTuningRunner:
         if status is None or status.state is not RunState.FINISHED or not isinstance(folder, FineTuningFolder):
             return status
         try:
-            results: dict[str, Any] = {"result_files": [self._results_file(folder)]}
+            results: dict[str, Any] = {"result_files": [self._results_file(folder, handle)]}
         except FileError as error:
             results = {"result_files": [], "notice": f"The results file was not stored: {error}"}
         return replace(status, result={**(status.result or {}), **results})
@@ -58,7 +58,7 @@ class FineTuningRunner:
         """See `Runner`."""
         self._runner.stop(job)
 
-    def _results_file(self, folder: FineTuningFolder) -> str:
+    def _results_file(self, folder: FineTuningFolder, handle: str) -> str:
         record = write_output(
             self._files,
             self._contents,
@@ -67,6 +67,6 @@ class FineTuningRunner:
             purpose=Purpose.FINE_TUNE_RESULTS,
             filename=f"{folder.id}-results.csv",
             quota_bytes=self._tenant_bytes,
-            once=Condition(once=fingerprint(f"results of {folder.id}")),
+            once=Condition(once=fingerprint(f"results of {handle}")),
         )
         return record.id

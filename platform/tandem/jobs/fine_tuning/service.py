@@ -56,7 +56,10 @@ class FineTuningService:
         key_id: str,
         idempotency_key: str | None = None,
     ) -> wire.FineTuningJob:
-        """Create a job. FileError for files that cannot be trained on, JobError for what the platform does not offer."""
+        """Create a job.
+
+        FileError for files that cannot be trained on, JobError for what the platform does not offer, or for too many jobs.
+        """
         self._check_epochs(creation)
         files = {
             param: self._file(file_id, tenant, param)
@@ -77,7 +80,8 @@ class FineTuningService:
             idempotency_key=idempotency_key,
             resources=self._resources(),
         )
-        return self._to_wire(submit_with_files(self._store, self._files, submission, files.values()))
+        most = self._platform.max_active
+        return self._to_wire(submit_with_files(self._store, self._files, submission, files.values(), max_active=most))
 
     def get(self, job_id: str, tenant: str | None) -> wire.FineTuningJob:
         """One job; UnknownJobError if the tenant has none of that id."""

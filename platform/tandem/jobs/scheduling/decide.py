@@ -196,7 +196,7 @@ class SchedulingPass:
             self._free.take(node_id, shape.unit * count)
             if reservation is not None:
                 reservation.take(node_id, shape.unit * count, self._free, outlasts=outlasts)
-        reason = "is next" if reservation is None else f"fits beside job {reservation.job.id} without delaying it"
+        reason = "is next" if reservation is None else reasons.beside(job, reservation.job)
         self._placed[job.id] = _Placed(job, units, reason)
         self._add(job.tenant, job.needs())
         return True
@@ -211,7 +211,7 @@ class SchedulingPass:
             )
             for victim in victims:
                 self._giving_way[victim.run.job.id] = victim.keep
-                self._decisions.append(victim.decision(reasons.gives_way(job)))
+                self._decisions.append(victim.decision(reasons.gives_way(victim.run.job, job), for_job=job.id))
             if victims:
                 reservation = self._reserve(job, shape)
         if reservation is None:
@@ -241,7 +241,7 @@ class SchedulingPass:
             self._holds[job.id] = Hold(job_id=job.id, reason=reason(*arguments), expected_s=expected_s, band=band)
 
     def _hold_back(self, job: Job, reservation: Reservation) -> None:
-        self._hold(job, reasons.would_delay, job, self._policy, reservation.job, reservation.start_s, self._now)
+        self._hold(job, reasons.would_delay, job, self._policy, reservation.job, reservation.start_s)
 
     # Elastic runs
 

@@ -22,6 +22,8 @@ class Preempt:
 
     job_id: str
     reason: str
+    for_job: str = ""
+    """Id of the job that gets the resources, for the operator; empty: replicas do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,8 @@ class Shrink:
     job_id: str
     placement: Placement
     reason: str
+    for_job: str = ""
+    """Id of the job that gets the resources, for the operator; empty: replicas do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,7 @@
-"""Reasons of decisions, for the people whose jobs wait, stop or give way: the fact, the numbers, the next step."""
+"""Reasons of decisions, for the people whose jobs wait, stop or give way: the fact, the numbers, the next step.
+
+A tenant reads the reasons of its own jobs. They name no other tenant, and no job of one.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ def amount(resources: Resources) -> str:
     """GPUs, where there are any, else CPUs: what a user thinks of as the size of a job."""
     count, name = (resources.gpus, "GPU") if resources.gpus else (resources.cpus, "CPU")
     return f"{count:g} {name if count == 1 else name + 's'}"
+
+
+def named(other: Job, job: Job) -> str:
+    """Another job, in a reason of `job`."""
+    return f"job {other.id}" if other.tenant == job.tenant else "a job of another tenant"
 
 
 def needed(job: Job) -> str:
@@ -51,16 +59,15 @@ def no_end_in_sight(free: Pool, job: Job) -> str:
 
 def behind(free: Pool, job: Job, first: Job) -> str:
     """Of a job that does not fit, and is not the first."""
-    return f"waits for {needed(job)}; {usable(free, job)}, and job {first.id} is before it"
+    return f"waits for {needed(job)}; {usable(free, job)}, and {named(first, job)} is before it"
 
 
-def would_delay(job: Job, policy: Policy, first: Job, start_s: float, now: float) -> str:
-    """Of a job that fits now, in the way of the first."""
-    end_s = now + job.expected_s(policy)
+def would_delay(job: Job, policy: Policy, first: Job, start_s: float) -> str:
+    """Of a job that fits now, in the way of the first. The text stays the same while nothing happens: it is written to rows."""
     limit = "its time limit" if job.time_limit_s is not None else "the default time limit"
     return (
-        f"waits though {needed(job)} are free: by {limit} it may run until {clock(end_s)}, and job {first.id} gets them at "
-        f"{clock(start_s)}. A time limit of {duration(max(0.0, start_s - now))} would let it start now"
+        f"waits though {needed(job)} are free: by {limit} of {duration(job.expected_s(policy))} it may run beyond "
+        f"{clock(start_s)}, when {named(first, job)} gets them. A time limit that ends by then would let it start now"
     )
 
 
@@ -90,6 +97,11 @@ def over_limit(job: Job) -> str:
     )
 
 
-def gives_way(job: Job) -> str:
-    """Of a run that gives way to a job."""
-    return f"gives way to job {job.id} of tenant {job.tenant}, priority {job.priority}"
+def beside(job: Job, first: Job) -> str:
+    """Of a job that starts before the first, which does not fit."""
+    return f"fits beside {named(first, job)} without delaying it"
+
+
+def gives_way(job: Job, to: Job) -> str:
+    """Of a run that gives way to another job."""
+    return f"gives way to {named(to, job)}, priority {to.priority}"

@@ -28,11 +28,11 @@ class Victim:
         """Workers that it gives up."""
         return difference(self.run.placement, self.keep)
 
-    def decision(self, reason: str) -> Preempt | Shrink:
+    def decision(self, reason: str, *, for_job: str = "") -> Preempt | Shrink:
         """The decision that makes it give way."""
         if self.keep:
-            return Shrink(job_id=self.run.job.id, placement=self.keep, reason=reason)
-        return Preempt(job_id=self.run.job.id, reason=reason)
+            return Shrink(job_id=self.run.job.id, placement=self.keep, reason=reason, for_job=for_job)
+        return Preempt(job_id=self.run.job.id, reason=reason, for_job=for_job)
 
 
 def candidates(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from tandem.api import jobs as wire
+from tandem.files.store import FileStore
+from tandem.jobs.file_jobs import requeue_with_files
 from tandem.jobs.tracking.history import EventFeed, JobHistory, event_to_wire
 from tandem.jobs.tracking.lineage import lineage_of
 from tandem.jobs.tracking.logs import LogFeed, LogSource
@@ -22,10 +24,13 @@ class JobTracking:
     UnknownJobError for the id of a job that there is not, or that the caller does not see.
     """
 
-    def __init__(self, store: JobStore, queue: QueueState, logs: Callable[[], LogSource] | None = None) -> None:
-        """`logs`: of the cluster that runs jobs; None: this process belongs to none."""
+    def __init__(
+        self, store: JobStore, queue: QueueState, files: FileStore, logs: Callable[[], LogSource] | None = None
+    ) -> None:
+        """`files`: of the database of `store`. `logs`: of the cluster that runs jobs; None: this process belongs to none."""
         self._store = store
         self._queue = queue
+        self._files = files
         self._logs = logs
 
     def page(
@@ -49,8 +54,13 @@ class JobTracking:
         return job_to_wire(self._store.get(job_id, tenant=tenant))
 
     def change(self, job_id: str, tenant: str | None, action: wire.JobAction) -> wire.TandemJob:
-        """Request a change; IllegalTransitionError where kind and state of the job do not allow it."""
+        """Request a change; IllegalTransitionError where kind and state of the job do not allow it.
+
+        UnknownFileError where a job that reads files is to run again and one of them is gone.
+        """
         self._store.get(job_id, tenant=tenant)
+        if action == "requeue":
+            return job_to_wire(requeue_with_files(self._store, self._files, job_id, reason=REQUESTED))
         return job_to_wire(self._store.change(job_id, Action(action), reason=REQUESTED))
 
     def events(self, job_id: str, tenant: str | None, *, after: str | None, limit: int) -> wire.TandemJobEventList:

@@ -6,12 +6,16 @@ kept in memory: a process that dies between two calls loses nothing that was ans
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tandem.db.schema import JobRow
+from tandem.errors import IllegalTransitionError
 from tandem.jobs.work.event_log import append_events, read_events
+from tandem.jobs.work.leader import Term, check_term
 from tandem.jobs.work.records import Job, JobPage, Lease, NumberedEvent
 from tandem.jobs.work.rows import to_job
 from tandem.jobs.work.runs import JobRuns
@@ -21,6 +25,8 @@ from tandem.jobs.work.transitions import change_state, check_lease, lease_lost, 
 from tandem.observability.events import Event, ResizeRequested
 
 EXPIRABLE = [state.value for state in State if not state.ended and state not in (State.STOPPING, State.EXPIRING)]
+EXPLAINED_AT_ONCE = 500
+"""Jobs whose reasons are written in one transaction: a statement has few parameters, and nobody waits long for the rows."""
 
 
 class JobStore(JobSubmissions, JobRuns):
@@ -28,12 +34,31 @@ class JobStore(JobSubmissions, JobRuns):
 
     # ---- requests of clients and operators ----
 
-    def change(self, job_id: str, action: Action, *, reason: str | None = None) -> Job:
-        """Apply an action to a job; IllegalTransitionError where its kind and state do not allow that. See the methods below."""
+    def change(
+        self,
+        job_id: str,
+        action: Action,
+        *,
+        reason: str | None = None,
+        also: Callable[[Session, Job], None] | None = None,
+    ) -> Job:
+        """Apply an action to a job; IllegalTransitionError where its kind and state do not allow that. See the methods below.
+
+        `also`: what else is done in the transaction where the state changes. An error of it undoes both.
+        """
         with self._transaction() as (session, now):
             row = locked_job(session, job_id)
-            change_state(session, row, action, now, reason=reason)
+            if change_state(session, row, action, now, reason=reason) and also is not None:
+                also(session, to_job(row))
             return to_job(row)
+
+    def if_ended(self, job_id: str, work: Callable[[Session], None]) -> bool:
+        """Do `work` in a transaction if a job has ended, which nobody queues again meanwhile; whether it has ended."""
+        with self._transaction() as (session, _):
+            if not State(locked_job(session, job_id).state).ended:
+                return False
+            work(session)
+            return True
 
     def cancel(self, job_id: str, *, reason: str | None = None) -> Job:
         """End a job: at once where it waits, else as soon as nothing of it runs. One that has ended stays as it is."""
@@ -55,22 +80,40 @@ class JobStore(JobSubmissions, JobRuns):
         """Let a held job start."""
         return self.change(job_id, Action.RELEASE, reason=reason)
 
-    def preempt(self, job_id: str, *, reason: str | None = None, workers: int | None = None) -> Job:
+    def preempt(
+        self,
+        job_id: str,
+        *,
+        reason: str | None = None,
+        workers: int | None = None,
+        term: Term | None = None,
+        attempt: int | None = None,
+    ) -> Job:
         """Let a job save and leave, and wait in the queue again.
 
-        With `workers`, its next attempt is to have so many; the event that says so tells a resize from a preemption.
+        With `workers`, its next attempt is to have so many; the event that says so tells a resize from a preemption. `term` and
+        `attempt` fence a dispatcher's decision: LeaseLostError unless the term is the newest, IllegalTransitionError where the
+        job is in another attempt.
         """
         with self._transaction() as (session, now):
-            row = locked_job(session, job_id)
+            row = _decided_job(session, job_id, term, attempt)
             if change_state(session, row, Action.PREEMPT, now, reason=reason) and workers is not None:
                 append_events(
                     session, row, [ResizeRequested(workers=workers, attempt=row.attempt, reason=row.reason)], now
                 )
             return to_job(row)
 
-    def expire(self, job_id: str, *, reason: str | None = None) -> Job:
-        """End a job that has used up its time: at once where it waits, else with a checkpoint, as soon as it has left."""
-        return self.change(job_id, Action.EXPIRE, reason=reason)
+    def expire(
+        self, job_id: str, *, reason: str | None = None, term: Term | None = None, attempt: int | None = None
+    ) -> Job:
+        """End a job that has used up its time: at once where it waits, else with a checkpoint, as soon as it has left.
+
+        `term` and `attempt` as for `preempt`.
+        """
+        with self._transaction() as (session, now):
+            row = _decided_job(session, job_id, term, attempt)
+            change_state(session, row, Action.EXPIRE, now, reason=reason)
+            return to_job(row)
 
     def requeue(self, job_id: str, *, reason: str | None = None) -> Job:
         """Run a job again that ended without success, such as a dead letter; its failures are counted anew."""
@@ -89,10 +132,12 @@ class JobStore(JobSubmissions, JobRuns):
 
     def explain(self, reasons: Mapping[str, str], state: State = State.QUEUED) -> None:
         """Record why jobs are still in a state, by id; jobs in other states are left alone."""
-        with self._transaction() as (session, _):
-            query = select(JobRow).where(JobRow.id.in_(reasons), JobRow.state == state.value)
-            for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
-                row.reason = reasons[row.id]
+        ids = iter(reasons)
+        while some := list(itertools.islice(ids, EXPLAINED_AT_ONCE)):
+            with self._transaction() as (session, _):
+                query = select(JobRow).where(JobRow.id.in_(some), JobRow.state == state.value)
+                for row in session.scalars(query.order_by(JobRow.number).with_for_update()):
+                    row.reason = reasons[row.id]
 
     # ---- reading ----
 
@@ -150,3 +195,13 @@ class JobStore(JobSubmissions, JobRuns):
         """A job's events with numbers above `after`, oldest first."""
         with self._reading() as session:
             return read_events(session, job_id, after=after, limit=limit)
+
+
+def _decided_job(session: Session, job_id: str, term: Term | None, attempt: int | None) -> JobRow:
+    """The locked row of a job about which the leader of a term has decided, seeing it in an attempt; None: not checked."""
+    if term is not None:
+        check_term(session, term)
+    row = locked_job(session, job_id)
+    if attempt not in (None, row.attempt):
+        raise IllegalTransitionError(f"The decision was about attempt {attempt}; the job is in attempt {row.attempt}.")
+    return row

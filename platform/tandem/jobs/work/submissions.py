@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -31,6 +31,7 @@ _OF_SUBMISSION = (
     "min_workers",
     "max_workers",
 )
+_NOT_ENDED = [state.value for state in State if not state.ended]
 _ACTIONS_TO = {
     State.RUNNING: (),
     State.FINISHED: (Action.FINISH,),
@@ -43,17 +44,21 @@ _ACTIONS_TO = {
 class JobSubmissions(WorkConnection):
     """Entry of jobs into the database."""
 
-    def submit(self, submission: JobSubmission) -> Submitted:
+    def submit(self, submission: JobSubmission, *, also: Callable[[Session], None] | None = None) -> Submitted:
         """Store a job, unless the tenant has submitted it before.
 
         The same idempotency key means the same job, as it is. The same content hash does too, and a job of that content which has
         ended without success, or is paused, goes back into the queue. IdempotencyConflictError where the key was sent with
         another request, JobError where the id is taken.
+
+        `also`: what else is done in the transaction where the job is new. An error of it leaves nothing of both.
         """
         with self._transaction() as (session, now):
             row = _insert(session, job_values(submission, now))
             if row is None:
                 return Submitted(to_job(_earlier(session, submission, now)), False)
+            if also is not None:
+                also(session)
             append_events(session, row, [StateChanged(to_state=row.state, action="submit")], now)
             return Submitted(to_job(row), True)
 
@@ -118,6 +123,12 @@ class JobSubmissions(WorkConnection):
             row.error, row.result = past.error, None if past.result is None else dict(past.result)
             row.ended_at = past.ended_at
             return True
+
+
+def is_over_active(session: Session, tenant: str, runner: str, most: int) -> bool:
+    """Whether a tenant has more than `most` jobs of a runner that have not ended."""
+    of_tenant = (JobRow.tenant == tenant, JobRow.runner == runner, JobRow.state.in_(_NOT_ENDED))
+    return len(session.scalars(select(JobRow.number).where(*of_tenant).limit(most + 1)).all()) > most
 
 
 def _insert(session: Session, values: Mapping[str, Any]) -> JobRow | None:

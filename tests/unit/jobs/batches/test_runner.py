@@ -137,6 +137,28 @@ def test_a_cancelled_batch_is_stopped_and_never_finished(
     assert ids(files, status.result["error_file_id"]) == ["id-2", "id-3", "id-4"]
 
 
+def test_a_cancelled_batch_that_runs_again_has_an_output_of_all_answers(
+    store: JobStore, files: FileStore, runner: BatchRunner, tmp_path: Path
+) -> None:
+    job = start(store, runner, tmp_path / "in.jsonl", [request(n) for n in range(4)])
+    answer(job, 2)
+    cancelled = store.cancel(job.id)
+    runner.stop(cancelled)
+    status = ended(runner, job)
+    assert cancelled.lease is not None and status.result is not None
+    partial = status.result["output_file_id"]
+    store.stopped(cancelled.lease, status.result)
+    store.requeue(job.id)
+    again = store.claim(job.id, "dispatcher", 60.0)
+    assert again is not None and again.lease is not None
+    store.started(again.lease, runner.start(again))
+    answer(job, 2)
+    status = ended(runner, again)
+    assert (status.state, status.error) == (RunState.FINISHED, None) and status.result is not None
+    assert ids(files, partial) == ["id-0", "id-1"]
+    assert ids(files, status.result["output_file_id"]) == [f"id-{n}" for n in range(4)]
+
+
 def test_a_batch_that_is_paused_writes_no_output(store: JobStore, runner: BatchRunner, tmp_path: Path) -> None:
     job = start(store, runner, tmp_path / "in.jsonl", [request(0)])
     runner.stop(replace(job, state=State.PAUSING))

@@ -47,6 +47,15 @@ def test_a_job_that_waits_for_room_is_not_passed_by_smaller_ones() -> None:
     ]
 
 
+def test_a_job_behind_one_of_another_tenant_is_not_told_its_name() -> None:
+    large = replace(job("large", gpus_per_worker=8), tenant="other")
+    decisions = first_come_first_served([large, job("small")], [], lambda: Capacity(cpus=8, gpus=8), NOW)
+    assert [type(decision) for decision in decisions] == [Start, Start]
+    running = [job("r", gpus_per_worker=1, workers=1)]
+    decisions = first_come_first_served([large, job("small")], running, lambda: Capacity(cpus=8, gpus=8), NOW)
+    assert decisions[1] == Wait(job_id="small", reason="waits behind a job of another tenant")
+
+
 def test_a_job_that_the_cluster_could_never_hold_delays_nobody() -> None:
     decisions = first_come_first_served(
         [job("huge", gpus_per_worker=9), job("small")], [], lambda: Capacity(cpus=2, gpus=8), NOW

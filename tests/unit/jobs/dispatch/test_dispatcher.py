@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dispatch_world import World, all_ended, rounds_until, script
 from sqlalchemy.orm import Session
 
 from tandem.errors import JobError, LeaseLostError
-from tandem.jobs.dispatch.decisions import Capacity, Decision, first_come_first_served
+from tandem.jobs.dispatch.decisions import Capacity, Decision, Expire, Preempt, Resize, first_come_first_served
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.runner import RunState, RunStatus
 from tandem.jobs.runners.processes import ProcessRunner
@@ -27,6 +28,7 @@ from tandem.jobs.work.queue import ItemQueue
 from tandem.jobs.work.records import ItemSubmission, Job, Resources
 from tandem.jobs.work.states import State
 from tandem.jobs.work.store import JobStore
+from tandem.observability.events import ResizeRequested
 from tandem.settings import child_environment
 
 LONG = "exec sleep 600"
@@ -171,6 +173,30 @@ def test_a_dispatcher_that_stalls_while_it_starts_jobs_claims_none(
         store.cancel(job.id)
         rounds_until(other, lambda: all_ended(store))
     assert world.starts() == {f"{job.id}.1": 1}
+
+
+@pytest.mark.parametrize("decision", [Preempt, partial(Resize, workers=1), Expire])
+def test_a_dispatcher_that_stalls_while_it_decides_stops_no_run_of_the_next_leader(
+    store: JobStore, world: World, clock: ManualClock, decision: Callable[..., Decision]
+) -> None:
+    job = store.submit(script("a", LONG)).job
+    with dispatching(store, world.runner()) as other:
+
+        def stalls(*_: object) -> list[Decision]:
+            clock.advance(60.0)
+            assert other.round()
+            return [decision(job_id=job.id, reason="seen long ago")]
+
+        late = Dispatcher(store, {"process": world.runner()}, lambda: Capacity(cpus=2.0), lease_s=30.0)
+        rounds_until(late, lambda: store.get(job.id).state is State.RUNNING)
+        late._decide = stalls
+        with pytest.raises(LeaseLostError, match=r"led as dispatcher in term 1; now .* \(term 2\) does"):
+            late.round()
+        late.close()
+        assert store.get(job.id).state is State.RUNNING
+        assert not any(isinstance(each.event, ResizeRequested) for each in store.events(job.id))
+        store.cancel(job.id)
+        rounds_until(other, lambda: all_ended(store))
 
 
 def test_a_start_that_comes_after_the_cancel_of_its_job_starts_nothing(

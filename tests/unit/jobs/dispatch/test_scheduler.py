@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import pytest
@@ -30,10 +30,27 @@ def test_an_urgent_job_starts_first_and_the_others_are_told_why_they_wait(world:
     world.rounds(2)
     assert world.workers("urgent") == 4
     assert str(world.job("first").reason).startswith("waits for 4 GPUs; 0 are free for it, enough by 2026-05-05")
-    assert str(world.job("second").reason).startswith("waits behind 1 job, of which the first, first, waits")
+    assert str(world.job("second").reason).startswith("waits behind 1 job, of which first is the first")
     world.runner.finish("urgent.1")
     world.rounds(2)
     assert world.job("urgent").state is State.FINISHED and world.workers("first") == 4
+
+
+def test_reasons_are_written_again_only_when_something_happens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.config = with_tenants({"a": {"quota": {"gpus": 6, "cpus": 8}}})
+    world.restart()
+    world.store.submit(submission("running", 2, tenant="a", scheduling={"time_limit": "1:00:00", "priority": "high"}))
+    world.rounds(2)
+    long, high = {"time_limit": "4:00:00"}, {"time_limit": "4:00:00", "priority": "high"}
+    for name, gpus, tenant, scheduling in (("large", 4, "a", high), ("behind", 4, "a", high), ("long", 2, "b", long)):
+        world.store.submit(submission(name, gpus, tenant=tenant, scheduling=scheduling))
+    world.rounds(2)
+    said = [world.job(name).reason for name in ("large", "behind", "long")]
+    assert "a job of another tenant gets them" in str(said[2])
+    written: list[Mapping[str, str]] = []
+    monkeypatch.setattr(world.store, "explain", written.append)
+    world.rounds(100)
+    assert written == []
 
 
 def test_a_tenant_never_exceeds_its_limit(world: World) -> None:

@@ -50,5 +50,8 @@ def test_a_finished_job_ends_also_where_its_results_file_has_no_room(
     if stored:
         (file,) = result["result_files"]
         assert b"step" in b"".join(read_chunks(files.get(file, "red").location))
+        again, next_attempt = runner.state("ftjob-1.1"), runner.state("ftjob-1.2")
+        assert again is not None and next_attempt is not None
+        assert again.result == result and (next_attempt.result or {})["result_files"] != [file]
     else:
         assert result["result_files"] == [] and "was not stored" in result["notice"]

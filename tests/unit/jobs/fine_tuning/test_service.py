@@ -8,7 +8,7 @@ import pytest
 
 from tandem.api.openai.fine_tuning import FineTuningCreation
 from tandem.config.serving.fine_tuning import FineTuningConfig
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, JobError
 from tandem.files.records import NewFile, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.fine_tuning.service import Base, FineTuningService
@@ -42,6 +42,14 @@ def test_a_job_for_slurm_takes_nothing_of_the_apps_cluster_and_tells_slurm_what_
     job = created(store, files, FineTuningConfig(workers=4, gpus_per_worker=2.0))
     assert job.runner == "fine_tuning"
     assert job.resources == Resources(cpus_per_worker=1.0, gpus_per_worker=2.0, min_workers=4, max_workers=4)
+
+
+def test_a_tenant_has_few_jobs_that_have_not_ended(store: JobStore, files: FileStore) -> None:
+    job = created(store, files, FineTuningConfig(max_active=1))
+    with pytest.raises(JobError, match="max_active"):
+        created(store, files, FineTuningConfig(max_active=1))
+    store.cancel(job.id)
+    created(store, files, FineTuningConfig(max_active=1))
 
 
 @pytest.mark.parametrize(

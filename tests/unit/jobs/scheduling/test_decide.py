@@ -86,6 +86,21 @@ def test_a_gang_larger_than_the_cluster_is_held_and_keeps_nobody_waiting() -> No
     assert "in an empty cluster 8 are free for it. Add nodes" in holds(decisions)["huge"].reason
 
 
+def test_reasons_tell_no_tenant_of_the_jobs_of_another() -> None:
+    state = cluster(1, tenants=(Tenant(name="rival", quota_cpus=64, quota_gpus=8),))
+    state.submit(job("running", 4, preemptible=False), 0)
+    step(state, 0)
+    state.submit(job("fusion-secret", 8, tenant="rival", submitted_s=1.0), 1)
+    state.submit(job("large", 5, submitted_s=2.0), 1)
+    state.submit(job("long", 2, tenant="other", submitted_s=3.0, time_limit_s=20 * HOUR_S), 2)
+    state.submit(job("short", 2, tenant="third", submitted_s=4.0, time_limit_s=HOUR_S / 2), 3)
+    waiting = holds(decide(state, 3))
+    said = [waiting["large"].reason, waiting["long"].reason]
+    said += [decision.reason for decision in decide(state, 3) if isinstance(decision, Start)]
+    assert [reason for reason in said if "a job of another tenant" not in reason] == []
+    assert len(said) == 3 and not any("fusion" in reason or "rival" in reason for reason in said)
+
+
 def test_workers_of_a_group_share_a_node() -> None:
     state = cluster(2)
     state.submit(job("a", 5), 0)
@@ -132,8 +147,10 @@ def test_the_reason_of_a_job_that_would_delay_the_first_names_the_limit_that_let
     state.submit(job("long", 2, submitted_s=2.0, time_limit_s=4 * HOUR_S), 1800)
     state.submit(job("also long", 2, submitted_s=3.0, time_limit_s=4 * HOUR_S), 1800)
     hold = explain(state, "lab", "long", 1800)
-    assert "it may run until 1970-01-01 04:30 UTC, and job first gets them at 1970-01-01 01:00 UTC" in hold.reason
-    assert "A time limit of 0:30:00 would let it start now" in hold.reason
+    assert (
+        "by its time limit of 4:00:00 it may run beyond 1970-01-01 01:00 UTC, when job first gets them" in hold.reason
+    )
+    assert "A time limit that ends by then would let it start now" in hold.reason
     assert explain(state, "lab", "also long", 1800).reason.startswith(
         "waits behind 2 jobs of tenant lab, of which the first"
     )
@@ -222,7 +239,8 @@ def test_an_idle_share_is_borrowed_and_given_back_when_its_tenant_returns() -> N
     assert [type(decision) for decision in early] == [Hold]
     (preempt, hold) = step(state, 1300)
     assert isinstance(preempt, Preempt)
-    assert preempt.reason == "gives way to job owner of tenant b, priority 0"
+    assert preempt.reason == "gives way to a job of another tenant, priority 0"
+    assert preempt.for_job == "owner"
     assert isinstance(hold, Hold)
     assert hold.job_id == "owner"
     # Nothing more is stopped while that run leaves.

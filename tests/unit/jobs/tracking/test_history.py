@@ -9,6 +9,7 @@ import pytest
 
 from tandem.api import jobs as wire
 from tandem.errors import UnknownJobError
+from tandem.files.store import FileStore
 from tandem.jobs.tracking.history import EventFeed, JobHistory
 from tandem.jobs.tracking.positions import BEGINNING
 from tandem.jobs.tracking.queue_state import QueueState
@@ -72,7 +73,7 @@ def test_pages_of_events_follow_each_other(store: JobStore, home: Path) -> None:
     journal = journal_of(home, job_id)
     for step in range(1, 8):
         journal.write(Step(step=step))
-    tracking = JobTracking(store, QueueState(store.url))
+    tracking = JobTracking(store, QueueState(store.url), FileStore(store.url))
     found: list[wire.TandemJobEvent] = []
     after = None
     while True:
@@ -98,7 +99,7 @@ def test_events_of_a_job_that_was_imported_are_those_of_its_journal(
     assert store.record(JobSubmission(kind=JobKind.TRAIN, name="old", spec={}, id="old-1"), past)
     placed, _ = JobHistory(store, store.get("old-1")).read(BEGINNING, 100)
     assert sorted(each.event.name for each in placed) == ["state", "step", "step"]
-    tracking = JobTracking(store, QueueState(store.url))
+    tracking = JobTracking(store, QueueState(store.url), FileStore(store.url))
     (loss,) = tracking.metrics("old-1", None, names=["loss"]).series
     assert loss.steps == [1, 2]
 
@@ -123,7 +124,7 @@ def test_the_queue_counts_by_state_and_lists_what_waits_with_reasons(
 
 def test_a_job_of_another_tenant_is_unknown(store: JobStore) -> None:
     job_id = submit(store)
-    tracking = JobTracking(store, QueueState(store.url))
+    tracking = JobTracking(store, QueueState(store.url), FileStore(store.url))
     assert tracking.get(job_id, None).id == job_id
     for ask in (tracking.get, tracking.metrics, tracking.lineage):
         with pytest.raises(UnknownJobError):
@@ -140,6 +141,6 @@ def test_the_lineage_has_parent_children_base_and_result(store: JobStore, home: 
     job = store.claim(parent, "d", 60)
     assert job is not None and job.lease is not None
     store.finish(job.lease, {"model": "parent@1"})
-    lineage = JobTracking(store, QueueState(store.url)).lineage(parent, "lab")
+    lineage = JobTracking(store, QueueState(store.url), FileStore(store.url)).lineage(parent, "lab")
     assert (lineage.base, lineage.result_model, lineage.children) == ("base@1", "parent@1", children[::-1])
     assert [(each.role, each.digest) for each in lineage.datasets] == [("training", None)]

@@ -254,6 +254,23 @@ def test_a_job_whose_deadline_has_passed_expires(store: JobStore, clock: ManualC
     assert (again.state, again.deadline) == (State.QUEUED, None), "it does not expire once more"
 
 
+def test_reasons_of_more_jobs_than_a_statement_has_parameters_are_recorded(store: JobStore) -> None:
+    job = store.submit(ONE_OFF).job
+    store.explain({f"other-{number}": "waits" for number in range(70_000)} | {job.id: "waits for 2 GPUs"})
+    assert store.get(job.id).reason == "waits for 2 GPUs"
+
+
+def test_a_decision_about_an_earlier_attempt_changes_nothing(store: JobStore) -> None:
+    job, lease = running(store)
+    store.preempt(job.id, attempt=1)
+    store.stopped(lease)
+    assert store.claim(job.id, "b", 30.0) is not None
+    for decide in (store.preempt, store.expire):
+        with pytest.raises(IllegalTransitionError, match="about attempt 1; the job is in attempt 2"):
+            decide(job.id, attempt=1)
+    assert store.get(job.id).state is State.STARTING
+
+
 def test_waiting_jobs_are_ordered_by_priority_then_submission(store: JobStore) -> None:
     ids = [store.submit(replace(ONE_OFF, priority=priority)).job.id for priority in (5, 0, 5, -1)]
     assert [job.id for job in store.waiting()] == [ids[3], ids[1], ids[0], ids[2]]
