@@ -57,7 +57,7 @@ def lines(client: Any, file: str) -> list[dict[str, Any]]:
 
 def test_a_batch_of_a_thousand_is_answered_whole_with_its_bad_requests_named(served: Served) -> None:
     client = served.client()
-    bad = {3: {"max_tokens": -1}, 500: {"model": "no-such-model"}, 999: {"n": 10**6}}
+    bad = {3: {"max_tokens": -1}, 500: {"temperature": "hot"}, 999: {"n": 10**6}}
     requests = [request(number, **bad.get(number, {})) for number in range(1000)]
     # Adapters among them.
     for number in range(100, 120):
@@ -71,7 +71,7 @@ def test_a_batch_of_a_thousand_is_answered_whole_with_its_bad_requests_named(ser
     assert [answer["custom_id"] for answer in answers] == [f"request-{n}" for n in range(1000) if n not in bad]
     assert all(answer["response"]["status_code"] == 200 and answer["error"] is None for answer in answers)
     errors = {line["custom_id"]: line["response"]["status_code"] for line in lines(client, done.error_file_id)}
-    assert errors == {"request-3": 400, "request-500": 404, "request-999": 400}
+    assert errors == {"request-3": 400, "request-500": 400, "request-999": 400}
     # They are those that a client gets.
     by_id = {answer["custom_id"]: answer["response"]["body"]["choices"][0]["text"] for answer in answers}
     for number in (0, 110):
@@ -99,6 +99,7 @@ def test_a_cancelled_batch_has_an_output_of_what_was_answered(served: Served) ->
         ([request(0), request(0)], "duplicate_custom_id", 2),
         ([request(0), {**request(1), "url": "/v1/embeddings"}], "invalid_url", 2),
         ([{**request(0), "method": "GET"}], "invalid_method", 1),
+        ([request(0), request(1, model="no-such-model")], "model_not_found", 2),
     ],
 )
 def test_a_file_that_cannot_be_used_fails_the_batch_with_the_line(
@@ -108,6 +109,16 @@ def test_a_file_that_cannot_be_used_fails_the_batch_with_the_line(
     done = ended(client, create(client, upload(client, requests)).id)
     assert done.status == "failed" and done.request_counts.total == 0
     assert (done.errors.data[0].code, done.errors.data[0].line) == (code, line)
+
+
+def test_a_route_that_the_model_lacks_fails_the_batch_with_the_line(served: Served) -> None:
+    client = served.client()
+    body = {"model": "tiny", "input": "the cat"}
+    file = upload(client, [{"custom_id": "0", "method": "POST", "url": "/v1/embeddings", "body": body}])
+    done = ended(client, create(client, file, endpoint="/v1/embeddings").id)
+    assert done.status == "failed" and done.request_counts.total == 0
+    (error,) = done.errors.data
+    assert (error.code, error.line, error.param) == ("unsupported_route", 1, "body.model")
 
 
 def test_wrong_batches_are_refused(served: Served) -> None:
@@ -139,7 +150,7 @@ def test_a_batch_run_on_the_app_answers_each_row_as_the_app_does_and_once(served
     for _ in range(2):  # the second time nothing is sent
         ended = CliRunner().invoke(app, command)
         assert ended.exit_code == 3 and "199 of 200 rows answered" in ended.output, ended.output
-        assert len(client.batches.list(limit=100).data) == before + 2
+        assert len(client.batches.list(limit=100).data) == before + 4
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [line["row"] for line in results] == [number for number in range(200) if number != 7]
     assert results[3]["custom_id"] == "chat" and results[3]["text"]

@@ -19,6 +19,7 @@ from tandem.config.serving.jobs import JobsConfig
 from tandem.errors import ClusterError, TandemError, UnknownJobError
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
+from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import RUNNER as BATCHES
 from tandem.jobs.client import JobClient
@@ -93,7 +94,8 @@ def dispatch_jobs(
     with contextlib.ExitStack() as stores:
         store, files = stores.enter_context(JobStore.at(registry)), stores.enter_context(FileStore.at(registry))
         queue, retention = stores.enter_context(ItemQueue.at(registry)), stores.enter_context(JobRetention.at(registry))
-        runners = make_runners(registry, files_config, batches, store, files, queue)
+        checks = stores.enter_context(ModelChecks.at(registry))
+        runners = make_runners(registry, files_config, batches, store, files, queue, checks)
         keep_s = None if jobs.keep_days is None else jobs.keep_days * 86400
         pending = ServePendingReplicas(scheduling.serving_level)
         records = stores.enter_context(CapacityRecords.at(registry))
@@ -120,6 +122,7 @@ def make_runners(
     store: JobStore,
     files: FileStore,
     queue: ItemQueue,
+    checks: ModelChecks,
 ) -> dict[str, Runner]:
     """The runners of an app's cluster, by the names that jobs give."""
     contents = ContentStore.open(registry.identity, files_config.location)
@@ -131,6 +134,7 @@ def make_runners(
         BATCHES: BatchRunner(
             store,
             queue,
+            checks,
             files,
             contents,
             tenant_bytes=files_config.tenant_bytes,

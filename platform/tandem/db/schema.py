@@ -11,16 +11,17 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from tandem.db.columns import ID_LENGTH, NAME_LENGTH, Base, UtcDateTime, ordered_text
 from tandem.db.file_schema import FileRow, FileTenantRow, FileUseRow, UploadPartRow, UploadRow
 from tandem.db.stored_schema import StoredAnswerRow, StoredTenantRow, WebhookDeliveryRow
-from tandem.db.work_schema import CapacityRow, JobEventRow, JobRow, LeaderRow, QueueItemRow
+from tandem.db.work_schema import BatchModelRow, CapacityRow, JobEventRow, JobRow, LeaderRow, QueueItemRow
 
 __all__ = [
     "REVISION", "Base", "UtcDateTime", "ID_LENGTH", "NAME_LENGTH",
-    "ApiKeyRow", "AuditRow", "CapacityRow", "ClockRow", "FileRow", "FileTenantRow", "FileUseRow", "IdempotencyRow", "IdentityRow",
-    "JobEventRow", "JobRow", "LeaderRow", "ModelRow", "NameRow", "PinRow", "PromotionRow", "QueueItemRow", "StoredAnswerRow",
-    "StoredTenantRow", "TenantRow", "UploadPartRow", "UploadRow", "UsageRow", "UsageWriterRow", "WebhookDeliveryRow",
+    "ApiKeyRow", "AuditRow", "BatchModelRow", "CapacityRow", "ClockRow", "FileRow", "FileTenantRow", "FileUseRow",
+    "IdempotencyRow", "IdentityRow", "JobEventRow", "JobRow", "LeaderRow", "ModelRow", "NameRow", "PinRow", "PromotionRow",
+    "QueueItemRow", "StoredAnswerRow", "StoredTenantRow", "TenantRow", "UploadPartRow", "UploadRow", "UsageRow",
+    "UsageWriterRow", "WebhookDeliveryRow",
 ]  # fmt: skip
 
-REVISION = "0012"
+REVISION = "0013"
 """The newest migration: a database that is at it needs nothing done."""
 
 

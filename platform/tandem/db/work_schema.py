@@ -10,6 +10,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from tandem.db.columns import ID_LENGTH, Base, UtcDateTime, ordered_text, row_number
 
+MODEL_LENGTH = 256
+"""Longest name of a model in a request, in characters."""
+
 
 class LeasedWork:
     """Columns of work that one process at a time holds by a lease."""
@@ -128,6 +131,23 @@ class QueueItemRow(LeasedWork, Base):
     """Where the request is kept, if not in `payload`."""
     result_reference: Mapped[str | None] = mapped_column(String(4096))
     """Where the answer is kept, if not in `result`."""
+
+
+class BatchModelRow(Base):
+    """A model that a batch names, until all of its models are known to be usable or not (`jobs.batches.model_checks`)."""
+
+    __tablename__ = "batch_models"
+
+    job: Mapped[str] = mapped_column(
+        ordered_text(ID_LENGTH), ForeignKey("jobs.id", name="fk_batch_models_job", ondelete="CASCADE"), primary_key=True
+    )
+    model: Mapped[str] = mapped_column(ordered_text(MODEL_LENGTH), primary_key=True)
+    """As the requests name it."""
+    is_usable: Mapped[bool]
+    """Whether a gateway has found it usable."""
+    error: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
+    """Code and message of the gateway that refused it first; None: none has."""
+    refused_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class LeaderRow(Base):

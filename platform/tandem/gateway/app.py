@@ -105,7 +105,7 @@ def create_app(
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
     stored = StoredAnswerService(registry.address, config)
     model_routes = OpenAIRoutes(catalog, fleet, relay, config, accounting, stored).routes()
-    work = Work(registry.address, catalog, admission, identity, accounting, config, name, model_routes, run_logs)
+    work = Work(registry.address, catalog, admission, fleet, identity, accounting, config, name, model_routes, run_logs)
     files = _file_service(registry, config, accounting, relay)
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
@@ -117,7 +117,7 @@ def create_app(
     app = Starlette(
         routes=[*model_routes, *_other_routes(groups, administration)],
         middleware=[*_log_middleware(request_log), *browser_middleware(config.cors_origins), authentication],
-        lifespan=lambda app: _run_services((*services, work.worker, work.webhooks), closeables),
+        lifespan=lambda app: _run_services((*services, work.model_answers, work.worker, work.webhooks), closeables),
         exception_handlers=EXCEPTION_HANDLERS,
     )
     # A path with a trailing slash is 404, not a redirect.

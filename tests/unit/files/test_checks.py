@@ -128,7 +128,7 @@ def test_lines_that_are_no_objects_are_found_with_their_number() -> None:
 
 def test_a_valid_batch_names_its_models() -> None:
     report = check_batch([jsonl(request("1"), request("2", body={"model": "red"}))])
-    assert report.is_valid and report.num_rows == 2 and report.models == ("base", "red")
+    assert report.is_valid and report.num_rows == 2 and report.models == {"base": 1, "red": 2}
 
 
 def test_wrong_requests_of_a_batch_are_found_with_their_line() -> None:

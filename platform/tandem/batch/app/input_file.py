@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
-from tandem.batch.app.lines import request_line, route_of
+from tandem.batch.app.lines import group_of, request_line
 from tandem.batch.input.plan import WorkUnit
 from tandem.batch.input.rows import BadRowError, RowRequest, parse, read_row
 from tandem.batch.input.sources import Row
@@ -32,9 +32,9 @@ class RunRows:
         return read_row(parse(raw), config.request, chat=config.chat, check_values=check_values)
 
     def of_units(self, units: Sequence[WorkUnit]) -> Iterator[tuple[WorkUnit, list[NumberedRow]]]:
-        """The rows of each unit; the units are of one route, in the order of their chunks."""
-        survey = self._run.survey
-        route = survey.bases[units[0].base]
+        """The rows of each unit; the units are of one group, in the order of their chunks."""
+        survey, model = self._run.survey, self._run.config.model
+        group = survey.bases[units[0].base]
 
         def is_mine(row: Row) -> bool:
             if row.problem is not None:
@@ -42,12 +42,12 @@ class RunRows:
             try:
                 ask = self.request_of(row.raw)
                 # A row that is refused for its length belongs to no unit.
-                return route_of(ask) == route and bool(self.line_of(0, ask))
+                return group_of(ask, model) == group and bool(self.line_of(0, ask))
             except BadRowError:
                 return False
 
-        for source, group in itertools.groupby(units, lambda unit: unit.chunk.source):
-            yield from rows_of_units(survey.files[source], list(group), is_mine)
+        for source, of_source in itertools.groupby(units, lambda unit: unit.chunk.source):
+            yield from rows_of_units(survey.files[source], list(of_source), is_mine)
 
     def line_of(self, number: int, ask: RowRequest) -> bytes:
         """A row's line in an input file."""
@@ -59,11 +59,11 @@ def fill(
 ) -> tuple[WorkUnit, ...]:
     """Write the requests of `units` that are not `kept`, in their order, until the file is full; the units that are in it.
 
-    Units of one batch are of one route.
+    Units of one batch are of one group.
     """
     num_rows, used = 0, list[WorkUnit]()
-    same_route = list(itertools.takewhile(lambda unit: unit.base == units[0].base, units))
-    for unit, unit_rows in rows.of_units(same_route):
+    same_group = list(itertools.takewhile(lambda unit: unit.base == units[0].base, units))
+    for unit, unit_rows in rows.of_units(same_group):
         answered = kept.get(unit.name, {})
         asked = [row for row in unit_rows if row.number not in answered]
         if used and (num_rows + len(asked) > MAX_REQUESTS or file.tell() >= FULL_BYTES):

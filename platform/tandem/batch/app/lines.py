@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from tandem.api.openai.batches import BatchError
 from tandem.batch.input.rows import BadRowError, RowRequest
 from tandem.batch.input.unit_rows import NumberedRow
 from tandem.batch.output.lines import Line, answered, failed
@@ -19,13 +20,21 @@ UNANSWERED = ("batch_cancelled", "batch_expired")
 """Codes of requests that the batch ended without; they are asked again."""
 
 
-def route_of(ask: RowRequest) -> str:
-    """The route of a row; BadRowError for one that batches of an app do not have."""
+def group_of(ask: RowRequest, default_model: str) -> str:
+    """Route and model of a row: rows of one group share batches. BadRowError for a route that batches of an app do not have.
+
+    One model for each batch: one that the app does not serve fails no rows of others, and adapters are not loaded in turns.
+    """
     if ask.path not in ROUTES:
         raise BadRowError(
             f"{ask.path} is no route of an app's batches: they have {', '.join(ROUTES)}. Ask it without on_app."
         )
-    return ask.path
+    return f"{ask.path} {ask.model or default_model}"
+
+
+def route_of_group(group: str) -> str:
+    """The route of a group."""
+    return group.partition(" ")[0]
 
 
 def request_line(number: int, ask: RowRequest, default_model: str) -> bytes:
@@ -52,6 +61,11 @@ def line_of(row: NumberedRow, ask: RowRequest, answer: Mapping[str, Any]) -> Lin
     if status >= 300 or not isinstance(body, dict):
         return _failed(row, _reason(body), status)
     return answered(row.number, ask.custom_id, status, to_json(body), plain=ask.plain)
+
+
+def refused_line(row: NumberedRow, error: BatchError) -> Line:
+    """The run's line for a row of a batch that failed since its model cannot be used."""
+    return _failed(row, error.message, 404 if error.code == "model_not_found" else 400)
 
 
 def _reason(body: Any) -> str:

@@ -1,11 +1,11 @@
-"""Preparation of a batch run on an app: rows are grouped by their routes, since a batch has one."""
+"""Preparation of a batch run on an app: rows are grouped by route and model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from tandem.batch.app.api import BatchApi
-from tandem.batch.app.lines import request_line, route_of
+from tandem.batch.app.lines import group_of, request_line
 from tandem.batch.input.plan import MOST_BYTES, ChunkSize, chunk_size
 from tandem.batch.input.rows import RowRequest
 from tandem.batch.input.survey import Grouping, input_bytes
@@ -34,7 +34,7 @@ def prepare_on_app(config: BatchConfig, api: BatchApi, tell: Callable[[int], Non
     rows = config.rows_per_piece or min(size.rows, MAX_REQUESTS)
     # Also where the number of rows is given: a unit has to fit into one batch.
     chunks = ChunkSize(rows, MOST_BYTES if config.rows_per_piece else size.bytes)
-    survey = checked.survey(Grouping(route_of, line_bytes), chunks, tell)
+    survey = checked.survey(Grouping(lambda ask: group_of(ask, config.model), line_bytes), chunks, tell)
     manifest, survey = checked.check(survey, {})
     if checked.before is None:
         checked.output.make()

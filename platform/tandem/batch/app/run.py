@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tandem.api.openai.batches import Batch
+from tandem.api.openai.batches import Batch, BatchError
 from tandem.batch.app.answers import BatchAnswers
 from tandem.batch.app.api import BatchApi
 from tandem.batch.app.input_file import RunRows, file_sha256, fill
-from tandem.batch.app.lines import line_of
+from tandem.batch.app.lines import line_of, refused_line, route_of_group
 from tandem.batch.finish import finish, finished, rows_in
 from tandem.batch.input.plan import WorkUnit, left
 from tandem.batch.input.unit_rows import NumberedRow
@@ -130,7 +130,7 @@ class AppRun:
             self._create(batch)
 
     def _create(self, batch: AppBatch) -> None:
-        route = self._run.survey.bases[self._units[batch.units[0]].base]
+        route = route_of_group(self._run.survey.bases[self._units[batch.units[0]].base])
         created = replace(batch, id=self._api.create(batch.file, route, batch.key))
         self._batches[self._batches.index(batch)] = created
         self._record()
@@ -162,9 +162,12 @@ class AppRun:
     def _end(self, batch: AppBatch, now: Batch) -> None:
         """Publish the answers of a batch that has ended; rows that it did not answer are asked by another one."""
         units = [self._units[name] for name in batch.units]
+        refusal = _refusal_of_model(now)
         # A batch that failed has no files: all of its rows are left.
         with BatchAnswers(self._api, now) as answers:
-            unfinished = [unit for unit, rows in self._rows.of_units(units) if not self._publish(unit, rows, answers)]
+            unfinished = [
+                unit for unit, rows in self._rows.of_units(units) if not self._publish(unit, rows, answers, refusal)
+            ]
         self._batches.remove(batch)
         self._under_way.pop(now.id, None)
         self._free = sorted([*unfinished, *self._free], key=lambda unit: (unit.base, unit.chunk.number))
@@ -174,23 +177,26 @@ class AppRun:
             with contextlib.suppress(TandemError):
                 if file_id is not None:
                     self._api.delete(file_id)
-        if now.status == "failed":
+        if now.status == "failed" and refusal is None:
             reason = now.errors.data[0].message if now.errors and now.errors.data else "The app does not say why."
             raise JobError(f"The batch {now.id} failed: {reason} The same command sends its rows again.")
         if now.status == "cancelled" and now.id not in self._found:
             raise JobError(f"Somebody cancelled the batch {now.id}. The same command asks the rows that are left.")
 
-    def _publish(self, unit: WorkUnit, rows: Sequence[NumberedRow], answers: BatchAnswers) -> bool:
-        """Publish a unit; False if rows of it have no answer yet: the others are put aside."""
+    def _publish(
+        self, unit: WorkUnit, rows: Sequence[NumberedRow], answers: BatchAnswers, refusal: BatchError | None
+    ) -> bool:
+        """Publish a unit; False if rows of it have no answer yet: the others are put aside.
+
+        `refusal`: why none of its rows can be answered, as their model cannot be used.
+        """
         if self._run.output.is_published(unit.name):
             return True
         lines = self._kept.get(unit.name, {})
         for row in rows:
-            if row.number not in lines and (answer := answers.get(row.number)) is not None:
-                line = line_of(row, self._rows.request_of(row.raw), answer)
-                if line is not None:
-                    lines[row.number] = line.text
-                    self._count(line)
+            if row.number not in lines and (line := self._line(row, answers, refusal)) is not None:
+                lines[row.number] = line.text
+                self._count(line)
         if len(lines) < len(rows):
             self._run.output.keep(unit.name, lines)
             self._kept[unit.name] = lines
@@ -198,6 +204,13 @@ class AppRun:
         self._run.output.publish(unit.name, [lines[number] for number in sorted(lines)])
         self._kept.pop(unit.name, None)
         return True
+
+    def _line(self, row: NumberedRow, answers: BatchAnswers, refusal: BatchError | None) -> Line | None:
+        """The line of a row; None if it has no answer yet."""
+        if refusal is not None:
+            return refused_line(row, refusal)
+        answer = answers.get(row.number)
+        return None if answer is None else line_of(row, self._rows.request_of(row.raw), answer)
 
     def _count(self, line: Line) -> None:
         self._done += 1
@@ -217,3 +230,9 @@ class AppRun:
                 answering_s=answering_s,
             )
         )
+
+
+def _refusal_of_model(batch: Batch) -> BatchError | None:
+    """Why the app cannot use the model of a batch, which all of its rows are for; None: it can, or the batch failed otherwise."""
+    errors = batch.errors.data if batch.status == "failed" and batch.errors else []
+    return errors[0] if errors and all(error.param == "body.model" for error in errors) else None

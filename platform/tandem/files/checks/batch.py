@@ -13,6 +13,7 @@ from tandem.files.checks.report import Finding, Report
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_REQUESTS = 50_000
 MAX_ID_CHARS = 512
+MAX_MODEL_CHARS = 256
 MAX_MODELS = 8
 """Models that the requests of one batch may name: each one is looked up by every gateway for as long as its requests wait."""
 
@@ -24,14 +25,15 @@ def check_batch(chunks: Iterable[bytes], endpoint: str | None = None) -> Report:
     """
     check = _RequestCheck(endpoint)
     report = check_lines(chunks, check.problems, max_rows=MAX_REQUESTS, what="requests")
-    return dataclasses.replace(report, models=tuple(sorted(check.models)))
+    return dataclasses.replace(report, models=check.first_lines)
 
 
 class _RequestCheck:
     """The check of one file. It remembers a digest of each id, 16 bytes, of at most `MAX_REQUESTS`."""
 
     def __init__(self, endpoint: str | None) -> None:
-        self.models: set[str] = set()
+        self.first_lines: dict[str, int] = {}
+        """The first line of each model that is named."""
         self._endpoint = endpoint
         self._line_of_id: dict[bytes, int] = {}
 
@@ -54,13 +56,18 @@ class _RequestCheck:
         model = body.get("model")
         if not isinstance(model, str) or not model:
             yield _wrong(line, "body.model", f"`body.model` must name a model; it is {_shown(model)}.", "missing_model")
-        elif model not in self.models and len(self.models) == MAX_MODELS:
+        elif len(model) > MAX_MODEL_CHARS or not model.isprintable():
+            message = (
+                f"`body.model` must be a printable text of at most {MAX_MODEL_CHARS} characters; it is {_shown(model)}."
+            )
+            yield _wrong(line, "body.model", message, "invalid_model")
+        elif model not in self.first_lines and len(self.first_lines) == MAX_MODELS:
             message = (
                 f"The lines before name {MAX_MODELS} models, as many as one batch may; this one names {_shown(model)}."
             )
             yield _wrong(line, "body.model", message, "too_many_models")
         else:
-            self.models.add(model)
+            self.first_lines.setdefault(model, line)
 
     def _id_problems(self, line: int, custom_id: object) -> Iterator[Finding]:
         if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARS:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 MOST_FINDINGS = 100
@@ -38,8 +39,8 @@ class Report:
     num_findings: int = 0
     format: str | None = None
     """Of a file for training: `chat`, `completion` or `preference`."""
-    models: tuple[str, ...] = ()
-    """Of a batch: the models that its requests name, sorted."""
+    models: Mapping[str, int] = field(default_factory=dict)
+    """Of a batch: the models that its requests name, each with the first line that names it."""
 
     @property
     def is_valid(self) -> bool:
@@ -61,5 +62,4 @@ class Report:
         """The report that `to_json` wrote."""
         value = json.loads(text)
         value["findings"] = tuple(Finding(**finding) for finding in value["findings"])
-        value["models"] = tuple(value["models"])
         return cls(**value)

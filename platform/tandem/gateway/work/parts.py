@@ -18,6 +18,7 @@ from tandem.gateway.errors import EXCEPTION_HANDLERS
 from tandem.gateway.identity.authentication import principal_of
 from tandem.gateway.identity.parts import Identity
 from tandem.gateway.models.catalog import Catalog
+from tandem.gateway.replicas.fleet import Fleet
 from tandem.gateway.routes.batches import BatchRoutes
 from tandem.gateway.routes.consumption import ConsumptionRoutes
 from tandem.gateway.routes.fine_tuning import FineTuningRoutes
@@ -26,7 +27,9 @@ from tandem.gateway.work.batch_sender import BatchSender
 from tandem.gateway.work.batch_worker import BatchWorker
 from tandem.gateway.work.callers import Callers, PoolLoads
 from tandem.gateway.work.calls import WorkCalls
+from tandem.gateway.work.model_answers import ModelAnswers
 from tandem.gateway.work.webhooks import WebhookSender
+from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.service import BatchService
 from tandem.jobs.fine_tuning.service import FineTuningService
 from tandem.jobs.tracking.capacity import CapacityRecords
@@ -48,6 +51,7 @@ class Work:
         address: RegistryAddress,
         catalog: Catalog,
         admission: Admission,
+        fleet: Fleet,
         identity: Identity,
         accounting: Accounting,
         config: GatewayConfig,
@@ -67,11 +71,14 @@ class Work:
         self._catalog = catalog
         self._accounting = accounting
         self.webhooks = WebhookSender(Deliveries.at(address), config.webhooks)
+        callers = Callers(identity.keys)
+        answers = ModelAnswers(ModelChecks.at(address), catalog, fleet.tasks, callers)
+        self.model_answers = answers if config.batches.enabled else None
         self.worker = BatchWorker(
             ItemQueue.at(address),
             BatchSender(
                 Starlette(routes=list(model_routes), exception_handlers=EXCEPTION_HANDLERS),
-                Callers(identity.keys),
+                callers,
                 config.max_body_bytes,
             ),
             PoolLoads(catalog, admission),

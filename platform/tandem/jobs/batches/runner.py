@@ -1,4 +1,4 @@
-"""Runner of batches: the input file is checked, its requests are queued, and the output is written when all have ended.
+"""Runner of batches: file and models are checked, the requests are queued, and the output is written when all have ended.
 
 Gateways send the requests (`gateway.work.batch_worker`). The dispatcher's look at a batch takes it one step further; steps that
 take long run in a few threads. Every step may be repeated: a dispatcher that follows one which died goes on with what is there,
@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -30,6 +30,7 @@ from tandem.files.checks.child import UNCHECKED, ContentCheck
 from tandem.files.content import ContentStore
 from tandem.files.records import Purpose
 from tandem.files.store import FileStore
+from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.outputs import BatchOutputs
 from tandem.jobs.batches.requests import list_requests
 from tandem.jobs.batches.stored import items_of
@@ -63,7 +64,9 @@ class Phase(StrEnum):
     """What a run does now."""
 
     PREPARE = "prepare"
-    """The file is checked and its requests are queued."""
+    """The file is checked."""
+    VERIFY = "verify"
+    """Gateways look up the models that the requests name; then the requests are queued."""
     WAIT = "wait"
     """Gateways answer the requests."""
     COLLECT = "collect"
@@ -79,6 +82,8 @@ class _Run:
     stop: threading.Event = field(default_factory=threading.Event)
     ends: bool = False
     """Whether it is stopped for good: what is answered is its output."""
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """The models that its requests name, each with the first line that does."""
     status: RunStatus = RUNNING
     step: threading.Thread | None = None
     next_step_at: float = 0.0
@@ -97,6 +102,7 @@ class BatchRunner:
         self,
         store: JobStore,
         queue: ItemQueue,
+        checks: ModelChecks,
         files: FileStore,
         contents: ContentStore,
         *,
@@ -106,6 +112,7 @@ class BatchRunner:
         """`tenant_bytes`: of the files of one tenant at most. `max_attempts`: of each request."""
         self._store = store
         self._queue = queue
+        self._checks = checks
         self._outputs = BatchOutputs(queue, files, contents, tenant_bytes)
         self._max_attempts = max_attempts
         self._runs: dict[str, _Run] = {}
@@ -176,10 +183,13 @@ class BatchRunner:
 
     def _take_step(self, run: _Run) -> None:
         try:
-            if run.phase is Phase.PREPARE:
-                self._prepare(run)
-            else:
-                run.status = self._collect(run)
+            match run.phase:
+                case Phase.PREPARE:
+                    self._prepare(run)
+                case Phase.VERIFY:
+                    self._verify(run)
+                case _:
+                    run.status = self._collect(run)
         except AWAY as error:
             log.warning("Batch %s: %s It is tried again in %g s.", run.job.id, error, PAUSE_S)
             run.next_step_at = time.monotonic() + PAUSE_S
@@ -190,24 +200,44 @@ class BatchRunner:
             run.status = RunStatus(state=RunState.FAILED, error=f"{type(error).__name__}: {error}", retryable=True)
 
     def _prepare(self, run: _Run) -> None:
-        """Check the file and queue its requests, unless a run before this one has done so. It ends early where it is stopped."""
+        """Check the file and ask for its models, unless a run before this one has queued its requests."""
         job = run.job
         events = self._store.events(job.id, limit=MOST_EVENTS)
-        if not any(isinstance(numbered.event, RequestsQueued) for numbered in events):
-            failed = self._check(job)
-            if failed is not None:
-                run.status = failed
-                return
+        if any(isinstance(numbered.event, RequestsQueued) for numbered in events):
+            run.phase = Phase.WAIT
+        elif (failed := self._check(run)) is not None:
+            run.status = failed
+        else:
+            self._checks.ask(job.id, run.lines)
+            run.phase = Phase.VERIFY
+            self._verify(run)
+
+    def _verify(self, run: _Run) -> None:
+        """Queue the requests once their models are known to be usable. It ends early where it is stopped."""
+        refusals = self._checks.refusals(run.job.id)
+        if refusals is None:
+            run.next_step_at = time.monotonic() + POLL_S
+            return
+        # A step that is taken again finds none, and no refusals.
+        self._checks.forget(run.job.id)
+        if refusals:
+            errors = [
+                wire.BatchError(code=refusal.code, message=refusal.message, line=run.lines[model], param="body.model")
+                for model, refusal in sorted(refusals.items(), key=lambda each: run.lines[each[0]])
+            ]
+            run.status = _unusable(errors)
+        else:
             count = self._enqueue(run)
             if run.stop.is_set():
                 return
-            lease = self._store.get(job.id).lease
+            lease = self._store.get(run.job.id).lease
             if lease is not None:
                 self._store.append(lease, [RequestsQueued(count=count)])
-        run.phase = Phase.WAIT
+            run.phase = Phase.WAIT
 
-    def _check(self, job: Job) -> RunStatus | None:
+    def _check(self, run: _Run) -> RunStatus | None:
         """The end of a batch whose input file cannot be used, or could not be checked now; None: it can be used."""
+        job = run.job
         try:
             report = ContentCheck().run(
                 Purpose.BATCH, job.spec["location"], CHECK_TIMEOUT_S, endpoint=job.spec["endpoint"]
@@ -215,6 +245,7 @@ class BatchRunner:
         except FileError as error:
             # Its store may answer later.
             return RunStatus(state=RunState.FAILED, error=str(error), retryable=True)
+        run.lines = report.models
         if not report.findings:
             return None
         errors = [
@@ -223,8 +254,7 @@ class BatchRunner:
         ]
         if errors[0].code in UNCHECKED:
             return RunStatus(state=RunState.FAILED, error=errors[0].message, retryable=True)
-        result = {"errors": wire.BatchErrors(data=errors).model_dump()}
-        return RunStatus(state=RunState.FAILED, error=errors[0].message, retryable=False, result=result)
+        return _unusable(errors)
 
     def _enqueue(self, run: _Run) -> int:
         """Queue the requests page by page until the run is stopped; returns their number."""
@@ -241,6 +271,7 @@ class BatchRunner:
         is_stopped = run.stop.is_set()
         if is_stopped and not run.ends:
             return RunStatus(state=RunState.STOPPED)
+        self._checks.forget(run.job.id)
         try:
             result = self._outputs.write(run.job)
         except FileQuotaError as error:
@@ -250,3 +281,9 @@ class BatchRunner:
             run.next_step_at = time.monotonic() + QUOTA_PAUSE_S
             return RUNNING
         return RunStatus(state=RunState.STOPPED if is_stopped else RunState.FINISHED, result=result)
+
+
+def _unusable(errors: list[wire.BatchError]) -> RunStatus:
+    """The end of a batch whose input file cannot be used."""
+    result = {"errors": wire.BatchErrors(data=errors).model_dump()}
+    return RunStatus(state=RunState.FAILED, error=errors[0].message, retryable=False, result=result)

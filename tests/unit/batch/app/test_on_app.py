@@ -7,6 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from tandem.config import BatchConfig, FilesConfig
 from tandem.config.serving.batches import BatchesConfig
 from tandem.engine.echo.engine import EchoEngine
 from tandem.errors import ConfigError, JobError, UnknownModelError
+from tandem.files.checks.batch import MAX_MODELS
 from tandem.files.content import ContentStore
 from tandem.files.store import FileStore
+from tandem.jobs.batches import model_checks
 from tandem.jobs.batches import runner as batch_runner
+from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.stored import RUNNER
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
@@ -87,6 +91,7 @@ class App:
 async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[App]:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(batch_runner, "POLL_S", 0.05)
+    monkeypatch.setattr(model_checks, "SETTLE", timedelta(0))
     monkeypatch.setattr(module, "POLL_S", 0.05)
     stop, files_config = threading.Event(), FilesConfig(location=str(tmp_path / "files"))
     async with running(tmp_path, files=files_config) as world:
@@ -95,7 +100,13 @@ async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         store = JobStore.at(address)
         contents = ContentStore.open(world.registry.identity, files_config.location)
         batches = batch_runner.BatchRunner(
-            store, ItemQueue.at(address), FileStore.at(address), contents, tenant_bytes=2**30, max_attempts=3
+            store,
+            ItemQueue.at(address),
+            ModelChecks.at(address),
+            FileStore.at(address),
+            contents,
+            tenant_bytes=2**30,
+            max_attempts=3,
         )
         dispatcher = Dispatcher(store, {RUNNER: batches}, lambda: Capacity(cpus=1))
         thread = threading.Thread(target=dispatcher.run, args=(stop,), kwargs={"poll_s": 0.05})
@@ -111,6 +122,15 @@ async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 def prompts(count: int) -> list[Any]:
     return [{"custom_id": "same", "prompt": f"row {number}"} for number in range(count)]
+
+
+async def test_more_models_than_one_batch_may_name_are_asked_and_unknown_ones_fail_their_own_rows_alone(
+    app: App,
+) -> None:
+    rows: list[Any] = [{"prompt": "a b"}, *({"prompt": "c", "model": f"nobody-{n}"} for n in range(MAX_MODELS + 1))]
+    summary = await app.run(app.config(rows))
+    assert (summary.answered, summary.failed) == (1, MAX_MODELS + 1)
+    assert {line["error"]["code"] for line in app.lines("errors.jsonl")} == {404}
 
 
 async def test_rows_of_several_routes_are_answered_in_the_order_and_shape_of_a_run_with_engines(app: App) -> None:
@@ -138,7 +158,7 @@ async def test_rows_of_several_routes_are_answered_in_the_order_and_shape_of_a_r
     assert [(line["row"], line["error"]["code"]) for line in errors] == [(2, 400), (4, 404), (5, 400), (6, 413)]
     assert "no route of an app's batches" in errors[2]["error"]["message"]
     assert errors[3]["input"] == rows[6] and str(app.world.folder / "rows.jsonl") in errors[3]["where"]
-    assert app.batches() == [State.FINISHED] * 2, "one for each route"
+    assert Counter(app.batches()) == {State.FINISHED: 2, State.FAILED: 1}, "one for each route and model"
     # Given again, nothing is sent.
     again = await app.run(app.config(rows, request={"max_tokens": 3}))
     assert (again.answered, again.failed, again.found) == (3, 4, 7) and len(app.batches()) == 2

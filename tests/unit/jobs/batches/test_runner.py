@@ -22,6 +22,7 @@ from tandem.files.records import Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.batches import runner as module
 from tandem.jobs.batches.answers import SegmentWriter, output_line
+from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import QUEUE, RUNNER, answers_folder
 from tandem.jobs.dispatch.decisions import Capacity
@@ -34,6 +35,12 @@ from tandem.jobs.work.store import JobStore
 from tandem.observability.events import RequestsQueued
 
 DEADLINE_S = 300.0
+
+
+@pytest.fixture(autouse=True)
+def usable_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model can be used: `test_model_checks` has the questions."""
+    monkeypatch.setattr(ModelChecks, "refusals", lambda self, job: {})
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def files(store: JobStore) -> FileStore:
 @pytest.fixture
 def runner(store: JobStore, files: FileStore) -> BatchRunner:
     contents = ContentStore.open(store.identity, None)
-    return BatchRunner(store, ItemQueue.open(), files, contents, tenant_bytes=2**30, max_attempts=3)
+    return BatchRunner(store, ItemQueue.open(), ModelChecks.open(), files, contents, tenant_bytes=2**30, max_attempts=3)
 
 
 def start(store: JobStore, runner: BatchRunner, path: Path, lines: list[dict[str, Any]]) -> Job:
@@ -174,7 +181,9 @@ def test_a_run_of_a_dispatcher_that_died_goes_on_and_queues_nothing_twice(
     # What was checked is not read again.
     (tmp_path / "in.jsonl").write_text("changed")
     contents = ContentStore.open(store.identity, None)
-    other = BatchRunner(store, ItemQueue.open(), files, contents, tenant_bytes=2**30, max_attempts=3)
+    other = BatchRunner(
+        store, ItemQueue.open(), ModelChecks.open(), files, contents, tenant_bytes=2**30, max_attempts=3
+    )
     assert other.state(job.run_name) is not None
     answer(job, 5)
     status = ended(other, job)
@@ -214,7 +223,9 @@ def test_a_batch_outlives_a_database_that_is_away(
     url = postgresql_server.create(uuid.uuid4().hex)
     open_database(url, create=True).dispose()
     store, queue, files = JobStore(url), ItemQueue(url), FileStore(url)
-    runner = BatchRunner(store, queue, files, ContentStore(tmp_path), tenant_bytes=2**30, max_attempts=3)
+    runner = BatchRunner(
+        store, queue, ModelChecks(url), files, ContentStore(tmp_path), tenant_bytes=2**30, max_attempts=3
+    )
     job = start(store, runner, tmp_path / "in.jsonl", [request(n) for n in range(2)])
     until(lambda: is_queued(store, job))
     postgresql_server.stop()
@@ -249,7 +260,9 @@ def test_an_output_beyond_the_files_quota_waits_for_room_and_says_so(
     store: JobStore, files: FileStore, tmp_path: Path
 ) -> None:
     contents = ContentStore.open(store.identity, None)
-    runner = BatchRunner(store, ItemQueue.open(), files, contents, tenant_bytes=1000, max_attempts=3)
+    runner = BatchRunner(
+        store, ItemQueue.open(), ModelChecks.open(), files, contents, tenant_bytes=1000, max_attempts=3
+    )
     large = write_output(
         files, contents, [b"x" * 990], tenant="red", purpose=Purpose.USER_DATA, filename="large", quota_bytes=1000
     )

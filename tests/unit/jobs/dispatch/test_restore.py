@@ -21,6 +21,7 @@ from tandem.files.content import ContentStore, read_chunks
 from tandem.files.store import FileStore
 from tandem.jobs.batches import runner as batch_runner
 from tandem.jobs.batches.answers import SegmentWriter, output_line
+from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import QUEUE, RUNNER, answers_folder
 from tandem.jobs.dispatch.decisions import Capacity
@@ -77,6 +78,8 @@ class Life:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(batch_runner, "POLL_S", 0.02)
+    # There is no gateway, which would look up the models.
+    monkeypatch.setattr(ModelChecks, "refusals", lambda self, job: {})
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
 
@@ -96,8 +99,9 @@ def life(home: Path, clock: ManualClock) -> Iterator[Callable[[str], Life]]:
             store = stack.enter_context(JobStore(url, clock=clock))
             queue = stack.enter_context(ItemQueue(url, clock=clock))
             files = stack.enter_context(FileStore(url))
+            checks = stack.enter_context(ModelChecks(url, clock=clock))
             contents = ContentStore.open(store.identity, str(home / "files"))
-            batches = BatchRunner(store, queue, files, contents, tenant_bytes=2**30, max_attempts=3)
+            batches = BatchRunner(store, queue, checks, files, contents, tenant_bytes=2**30, max_attempts=3)
             runners: dict[str, Runner] = {"process": ProcessRunner(home / "runs", command), RUNNER: batches}
             dispatcher = Dispatcher(store, runners, lambda: Capacity(cpus=3))
             stack.callback(dispatcher.close)
