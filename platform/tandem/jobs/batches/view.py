@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping
 from tandem.api.openai import batches as wire
 from tandem.jobs.work.records import Job, NumberedEvent
 from tandem.jobs.work.states import State
-from tandem.observability.events import StateChanged
+from tandem.observability.events import RequestsQueued, StateChanged
 
 PREFIX = "batch_"
-FINALIZING = "finalizing"
-"""`reason` of a running batch whose output is being written."""
 STATUSES: Mapping[State, wire.Status] = {
     State.QUEUED: "validating",
     State.HELD: "validating",
@@ -32,8 +30,9 @@ STATUSES: Mapping[State, wire.Status] = {
 
 def batch_to_wire(job: Job, counts: Mapping[State, int], events: Iterable[NumberedEvent]) -> wire.Batch:
     """A batch; `counts`: numbers of its requests by state, `events`: those of its job."""
+    events = list(events)
     result = job.result or {}
-    status = STATUSES[job.state]
+    status = _status(job, counts, events)
     entered = _first_times(events)
     ended_at = None if job.ended_at is None else int(job.ended_at.timestamp())
     completed = counts.get(State.FINISHED, 0)
@@ -64,6 +63,14 @@ def batch_to_wire(job: Job, counts: Mapping[State, int], events: Iterable[Number
         metadata=job.spec.get("metadata"),
         model=job.spec.get("model"),
     )
+
+
+def _status(job: Job, counts: Mapping[State, int], events: Iterable[NumberedEvent]) -> wire.Status:
+    """The status; a batch whose requests have all ended is `finalizing` until its output is written."""
+    is_queued_whole = any(isinstance(numbered.event, RequestsQueued) for numbered in events)
+    if job.state is State.RUNNING and is_queued_whole and all(state.ended for state in counts):
+        return "finalizing"
+    return STATUSES[job.state]
 
 
 def _failure(job: Job, status: wire.Status) -> wire.BatchErrors | None:

@@ -25,6 +25,7 @@ from tandem.jobs.batches.answers import SegmentWriter, output_line
 from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.runner import BatchRunner
 from tandem.jobs.batches.stored import QUEUE, RUNNER, answers_folder
+from tandem.jobs.batches.view import batch_to_wire
 from tandem.jobs.dispatch.decisions import Capacity
 from tandem.jobs.dispatch.dispatcher import Dispatcher
 from tandem.jobs.dispatch.runner import RunState, RunStatus
@@ -64,7 +65,7 @@ def runner(store: JobStore, files: FileStore) -> BatchRunner:
 def start(store: JobStore, runner: BatchRunner, path: Path, lines: list[dict[str, Any]]) -> Job:
     """A batch that runs, as a dispatcher starts it."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    spec = {"endpoint": "/v1/completions", "location": str(path)}
+    spec = {"endpoint": "/v1/completions", "location": str(path), "input_file_id": "file-1"}
     job = store.submit(JobSubmission(kind=JobKind.BATCH, name="b", spec=spec, tenant="red", runner=RUNNER)).job
     claimed = store.claim(job.id, "dispatcher", 60.0)
     assert claimed is not None and claimed.lease is not None
@@ -108,6 +109,11 @@ def until(condition: Callable[[], bool]) -> None:
 def is_queued(store: JobStore, job: Job) -> bool:
     """Whether all requests of a batch are in the queue, and that is recorded."""
     return any(isinstance(numbered.event, RequestsQueued) for numbered in store.events(job.id))
+
+
+def shown_status(store: JobStore, job: Job) -> str:
+    """As the API shows it."""
+    return batch_to_wire(store.get(job.id), ItemQueue.open().counts(job.id), store.events(job.id)).status
 
 
 def ids(files: FileStore, file: str | None) -> list[str]:
@@ -267,6 +273,7 @@ def test_an_output_beyond_the_files_quota_waits_for_room_and_says_so(
         files, contents, [b"x" * 990], tenant="red", purpose=Purpose.USER_DATA, filename="large", quota_bytes=1000
     )
     job = start(store, runner, tmp_path / "in.jsonl", [request(n) for n in range(2)])
+    assert shown_status(store, job) == "in_progress"
     answer(job, 2)
 
     def waits() -> bool:
@@ -275,6 +282,7 @@ def test_an_output_beyond_the_files_quota_waits_for_room_and_says_so(
         return "1,000" in (store.get(job.id).reason or "")
 
     until(waits)
+    assert shown_status(store, job) == "finalizing"
     files.delete(large.id, "red")
     assert ended(runner, job).state is RunState.FINISHED
 
