@@ -128,6 +128,8 @@ def test_limits_and_usage_are_exact_over_two_gateways_with_one_killed(url: str, 
     for key in (limited, free):
         within(SEEN_S, lambda secret=key["secret"]: ask(url, secret)[0] == 200)
     within(60, lambda: len(gateways()) == 2)
+    # What a gateway has not written when it is killed is lost.
+    within(20, lambda: spent(home, free["id"])[0] >= 1)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: ask(url, limited["secret"]), range(40)))
     # One request was spent above, or more until both gateways knew the key.

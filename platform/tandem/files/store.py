@@ -146,11 +146,12 @@ class FileStore(RegistryConnection):
             row = session.get(FileTenantRow, tenant)
             return 0 if row is None else row.bytes
 
-    def check_quota(self, tenant: str, size_bytes: int, quota_bytes: int) -> None:
-        """FileQuotaError if the tenant has no room for so many bytes now."""
+    def check_quota(self, tenant: str, size_bytes: int, quota_bytes: int) -> int:
+        """The bytes of the tenant's files and parts; FileQuotaError if it has no room for `size_bytes` more now."""
         used_bytes = self.used_bytes(tenant)
         if used_bytes + size_bytes > quota_bytes:
             raise quota_error(tenant, size_bytes, used_bytes, quota_bytes)
+        return used_bytes
 
     def claim_unchecked(self, lease_s: float) -> FileRecord | None:
         """A file whose content has to be checked, for `lease_s` this caller's alone; None: there is none."""

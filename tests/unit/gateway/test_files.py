@@ -261,6 +261,31 @@ async def test_a_tenant_has_no_more_bytes_than_its_quota(tmp_path: Path) -> None
         assert files.used_bytes() == 90_000 and len(files.stored()) == 4
 
 
+async def test_uploads_that_are_under_way_count_for_the_quota_of_their_tenant(tmp_path: Path) -> None:
+    sent, go_on = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:  # without a Content-Length
+        yield FORM_START + b"x" * 3_000_000
+        await until(lambda: any(path.stat().st_size > 1_000_000 for path in files.stored()))
+        sent.set()
+        await go_on.wait()
+        yield b"\r\n--b--\r\n"
+
+    async with files_world(tmp_path, tenant_bytes=4_000_000) as files:
+        first = asyncio.create_task(
+            files.world.http.post("/v1/files", content=body(), headers=FORM_HEADERS | auth(files.lab))
+        )
+        await sent.wait()
+        with pytest.raises(openai.PermissionDeniedError) as caught:
+            await files.lab.files.create(file=b"x" * 3_500_000, purpose="user_data")
+        assert caught.value.code == "file_quota_exceeded"
+        assert (await files.other.files.create(file=b"x" * 3_500_000, purpose="user_data")).bytes == 3_500_000
+        go_on.set()
+        assert (await first).status_code == 200
+        await files.lab.files.delete((await first).json()["id"])
+        assert (await files.lab.files.create(file=b"x" * 3_500_000, purpose="user_data")).bytes == 3_500_000
+
+
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(files: Files) -> None:
     left = asyncio.Event()
 

@@ -19,6 +19,7 @@ from tandem.config.serving.app import GatewayConfig
 from tandem.errors import TandemError
 from tandem.files.content import ContentWriter
 from tandem.gateway.errors import ApiError
+from tandem.gateway.files.transit import UploadBytes
 from tandem.gateway.requests.held_bytes import HeldBody
 from tandem.gateway.requests.multipart import FRAME_BYTES, CheckField, Form, FormReader, boundary_of, too_large_error
 
@@ -37,6 +38,7 @@ class ClientLeftError(Exception):
 async def receive_form(
     request: Request,
     writer: ContentWriter,
+    counted: UploadBytes,
     *,
     file_field: str,
     max_bytes: int,
@@ -45,15 +47,15 @@ async def receive_form(
     threads: Executor,
     check_field: CheckField | None = None,
 ) -> Form:
-    """Write the file of a form to `writer`, and return its fields.
+    """Write the file of a form to `writer`, count its bytes, and return its fields.
 
     ApiError 400, 413 or 415 for a body that is not taken, 408 for a client that is too slow, 503 if the gateway may hold no more
-    bytes; StorageError of the writer; ClientLeftError.
+    bytes; FileQuotaError where the tenant sends more than it has room for; StorageError of the writer; ClientLeftError.
     """
     reader = FormReader(
         boundary_of(request.headers.get("content-type", "")),
         file_field=file_field,
-        sink=writer.write,
+        sink=functools.partial(_write, writer, counted),
         max_file_bytes=max_bytes,
         check_field=check_field,
     )
@@ -154,6 +156,11 @@ def _expire(deadline: asyncio.Timeout) -> None:
     """End the wait for a chunk now; nothing happens if it has ended."""
     with contextlib.suppress(RuntimeError):
         deadline.reschedule(asyncio.get_running_loop().time())
+
+
+def _write(writer: ContentWriter, counted: UploadBytes, chunk: bytes) -> None:
+    counted.add(len(chunk))
+    writer.write(chunk)
 
 
 def _feed(reader: FormReader, buffer: list[bytes]) -> None:

@@ -28,6 +28,7 @@ from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.database import ask_database
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.files.intake import in_thread
+from tandem.gateway.files.transit import BytesInTransit
 from tandem.gateway.files.upkeep import Upkeep
 from tandem.gateway.identity.authentication import principal_of
 from tandem.gateway.requests.held_bytes import HeldBytes
@@ -58,6 +59,7 @@ class FileService:
         self.config = config
         self.held_bytes = held_bytes
         self.upkeep = upkeep
+        self.in_transit = BytesInTransit()
         self.storage_threads = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="file-storage")
         self.join_threads = ThreadPoolExecutor(JOIN_THREADS, thread_name_prefix="file-parts")
         self._database_threads = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="file-records")

@@ -57,16 +57,22 @@ class FileRoutes:
             expected_bytes = max(0, announced_bytes(request) - FRAME_BYTES)
             file_id, tenant = new_file_id(), tenant_of(principal)
             try:
-                await service.ask(service.store.check_quota, tenant, expected_bytes, service.config.files.tenant_bytes)
+                used_bytes = await service.ask(
+                    service.store.check_quota, tenant, expected_bytes, service.config.files.tenant_bytes
+                )
                 writer = await service.store_content(service.contents.writer, file_id, min(expected_bytes, max_bytes))
             except ApiError:
                 await discard_body(request, max_bytes)
                 raise
             try:
-                with service.api_errors():
+                with (
+                    service.api_errors(),
+                    service.in_transit.upload(tenant, used_bytes, service.config.files.tenant_bytes) as counted,
+                ):
                     form = await receive_form(
                         request,
                         writer,
+                        counted,
                         file_field="file",
                         max_bytes=max_bytes,
                         config=service.config,

@@ -92,16 +92,20 @@ class UploadRoutes:
                 upload = await self._pending(request, tenant, "add a part")
                 with service.api_errors():
                     check_room(upload, expected_bytes, 0, 0)
-                await service.ask(service.store.check_quota, tenant, expected_bytes, limits.tenant_bytes)
+                used_bytes = await service.ask(service.store.check_quota, tenant, expected_bytes, limits.tenant_bytes)
                 writer = await service.store_content(service.contents.writer, part_id, expected_bytes)
             except ApiError:
                 await discard_body(request, limits.max_part_bytes)
                 raise
             try:
-                with service.api_errors():
+                with (
+                    service.api_errors(),
+                    service.in_transit.upload(tenant, used_bytes, limits.tenant_bytes) as counted,
+                ):
                     form = await receive_form(
                         request,
                         writer,
+                        counted,
                         file_field="data",
                         max_bytes=limits.max_part_bytes,
                         config=service.config,

@@ -161,7 +161,7 @@ async def test_rows_of_several_routes_are_answered_in_the_order_and_shape_of_a_r
     assert Counter(app.batches()) == {State.FINISHED: 2, State.FAILED: 1}, "one for each route and model"
     # Given again, nothing is sent.
     again = await app.run(app.config(rows, request={"max_tokens": 3}))
-    assert (again.answered, again.failed, again.found) == (3, 4, 7) and len(app.batches()) == 2
+    assert (again.answered, again.failed, again.found) == (3, 4, 7) and len(app.batches()) == 3
     assert not (app.world.folder / "out" / "run" / "pieces").exists()
     assert json.loads((app.world.folder / "out" / "run" / "manifest.json").read_text())["app_batches"] == []
 
