@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Least and most seconds until a request is sent again that was refused for the moment."""
 REFUSALS = (429, 503)
 """Statuses of a request that was refused for the moment, for its tenant's limits or for lack of room or of a replica."""
+USAGE_BYTES = 4096
+"""Bytes at the end of an answer that have its usage."""
+TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
 NOT_JSON = b'{"error": {"message": "The answer is not JSON.", "type": "server_error", "code": null, "param": null}}'
 
 PrincipalOf = Callable[[str, str, tuple[str, ...]], Principal | None]
@@ -54,6 +58,8 @@ class Outcome:
     retryable: bool = True
     retry_after_s: float | None = None
     """Set where the request was refused for the moment: it is to be sent again after so many seconds."""
+    num_tokens: int = 0
+    """Tokens that an engine generated for it; 0: none, or it has answered nothing."""
 
     @property
     def lease(self) -> Lease:
@@ -119,7 +125,8 @@ class BatchSender:
         if response.status_code >= 500 and item.failures + 1 < item.max_attempts:
             text = response.content[:2000].decode(errors="replace")[:500]
             return Outcome(item=item, error=f"status {response.status_code}: {text}")
-        return Outcome(item=item, answer=await self._in_thread(_answer_line, item, response))
+        answer = await self._in_thread(_answer_line, item, response)
+        return Outcome(item=item, answer=answer, num_tokens=_num_tokens(response))
 
     def _read(self, location: str, place: RequestPlace) -> bytes:
         """The body of a request as it is sent."""
@@ -162,6 +169,14 @@ def _answer_line(item: Item, response: httpx.Response) -> AnswerLine:
     request_id = response.headers.get("x-request-id", "")
     body = response.content if is_json else NOT_JSON
     return output_line(item.id, payload["custom_id"], response.status_code, request_id, body)
+
+
+def _num_tokens(response: httpx.Response) -> int:
+    """The tokens of an answer, found in its usage, which is near its end; 1 for one without, such as a vector; 0 for an error."""
+    if response.status_code != 200:
+        return 0
+    found = TOKENS.findall(response.content[-USAGE_BYTES:])
+    return max(1, int(found[-1])) if found else 1
 
 
 def _number(value: object) -> int:

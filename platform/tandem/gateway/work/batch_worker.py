@@ -33,6 +33,8 @@ LEASE_S = 60.0
 RENEW_S = 15.0
 POLL_S, IDLE_POLL_S = 0.1, 2.0
 """Seconds between two claims while there is work, and while there is none."""
+EXPECTED_S, EXPECTED_POLL_S = 10.0, 0.2
+"""Seconds for which requests are expected, and between two looks then."""
 REPORT_S = 0.5
 """Seconds for which answers are collected, to be written together."""
 CLAIMED_AT_ONCE = 64
@@ -66,13 +68,15 @@ class BatchWorker:
         self._config = config
         self._owner = f"{name}:{uuid.uuid4().hex[:8]}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-database")
-        self._rooms: dict[str, BatchRoom] = defaultdict(lambda: BatchRoom(config.share))
+        self._rooms: dict[str, BatchRoom] = defaultdict(lambda: BatchRoom(config.share, config.slowdown))
         """By base model."""
         self._turns: dict[str, ModelTurns] = defaultdict(ModelTurns)
         """By base model."""
         self._waiting: set[WaitingItems] = set()
         """At the last look, without those that were all claimed since."""
         self._looked_at = -IDLE_POLL_S
+        self._expects_until = 0.0
+        """Monotonic clock."""
         self._paused_until: dict[WaitingItems, float] = {}
         """Of which a request was refused for the moment; monotonic clock."""
         self._served_at: dict[WaitingItems, float] = {}
@@ -87,6 +91,10 @@ class BatchWorker:
         if self._config.enabled:
             loops = ((self._claim, POLL_S), (self._report, REPORT_S), (self._renew, RENEW_S))
             self._services = [asyncio.create_task(self._repeat(work, pause_s)) for work, pause_s in loops]
+
+    def expect(self) -> None:
+        """Requests are about to be queued: look for them often for some seconds."""
+        self._expects_until = time.monotonic() + EXPECTED_S
 
     @property
     def is_running(self) -> bool:
@@ -129,7 +137,7 @@ class BatchWorker:
     async def _claim(self) -> None:
         """Claim what there is room for, of few models of each base at once, and begin to send it."""
         now = time.monotonic()
-        if now - self._looked_at >= IDLE_POLL_S:
+        if now - self._looked_at >= (EXPECTED_POLL_S if now < self._expects_until else IDLE_POLL_S):
             await self._look(now)
         if self._answers.num_bytes > MAX_UNREPORTED_BYTES:
             return
@@ -175,6 +183,11 @@ class BatchWorker:
         room = UNSERVED_AT_ONCE - in_flight if pool is None else self._rooms[base].free(pool.load, in_flight, now)
         return max(0, min(room, self._config.max_concurrent - self._under_way.total(), CLAIMED_AT_ONCE))
 
+    def _running(self, model: str) -> int:
+        """Requests of the base of a model that are under way, those of clients included."""
+        pool = self._loads(model)
+        return 0 if pool is None else pool.load.running
+
     def _base_of(self, model: str) -> str:
         pool = self._loads(model)
         return UNSERVED if pool is None else pool.base
@@ -183,6 +196,7 @@ class BatchWorker:
 
     async def _send(self, item: Item, lease: Lease, group: WaitingItems) -> None:
         """Send one request, and keep its outcome for the next report."""
+        began, running = time.monotonic(), self._running(group.adapter)
         try:
             outcome = await self._sender.send(item)
         finally:
@@ -193,6 +207,9 @@ class BatchWorker:
         if outcome.retry_after_s is not None:
             # Others like it would be refused too.
             self._paused_until[group] = time.monotonic() + outcome.retry_after_s
+        elif outcome.num_tokens:
+            now, base = time.monotonic(), self._base_of(group.adapter)
+            self._rooms[base].answered((running + self._running(group.adapter)) / 2, now - began, outcome.num_tokens, now)
         self._answers.add(outcome)
 
     async def _report(self) -> None:

@@ -17,7 +17,7 @@ from tandem.gateway.work.batch_sender import PrincipalOf
 from tandem.jobs.batches.model_checks import ModelChecks, ModelQuestion, Refusal
 from tandem.tasks import stop
 
-POLL_S = 1.0
+POLL_S = 0.5
 ROUTES = {route.path: route for route in ENGINE_ROUTES}
 
 T = TypeVar("T")
@@ -29,13 +29,22 @@ class ModelAnswers:
     """A background service of one gateway."""
 
     def __init__(
-        self, checks: ModelChecks, catalog: Catalog, tasks: Mapping[str, tuple[str, ...]], principal_of: PrincipalOf
+        self,
+        checks: ModelChecks,
+        catalog: Catalog,
+        tasks: Mapping[str, tuple[str, ...]],
+        principal_of: PrincipalOf,
+        expect: Callable[[], None],
     ) -> None:
-        """`tasks`: of the replicas of each base model, as far as they are known. `checks`: connections of its own."""
+        """`checks`: connections of its own. `tasks`: of the replicas of each base model, as far as they are known.
+
+        `expect` is called when a model was found usable: requests for it will be queued.
+        """
         self._checks = checks
         self._catalog = catalog
         self._tasks = tasks
         self._principal_of = principal_of
+        self._expect = expect
         self._answered: set[ModelQuestion] = set()
         """Of the questions at the last look, those that this gateway has answered."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-models")
@@ -74,6 +83,8 @@ class ModelAnswers:
                 continue
             await self._in_thread(self._checks.answer, question, refusal)
             self._answered.add(question)
+            if refusal is None:
+                self._expect()
 
     async def _refusal(self, question: ModelQuestion) -> Refusal | None:
         """Why a batch cannot use a model here; None: it can. ApiError 503 where that is not known."""

@@ -72,8 +72,6 @@ class Work:
         self._accounting = accounting
         self.webhooks = WebhookSender(Deliveries.at(address), config.webhooks)
         callers = Callers(identity.keys)
-        answers = ModelAnswers(ModelChecks.at(address), catalog, fleet.tasks, callers)
-        self.model_answers = answers if config.batches.enabled else None
         self.worker = BatchWorker(
             ItemQueue.at(address),
             BatchSender(
@@ -85,6 +83,8 @@ class Work:
             config.batches,
             name,
         )
+        answers = ModelAnswers(ModelChecks.at(address), catalog, fleet.tasks, callers, self.worker.expect)
+        self.model_answers = answers if config.batches.enabled else None
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""

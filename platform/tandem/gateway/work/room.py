@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.gateway.work.pace import Pace
+
 QUIET_AFTER_S = 2.0
 """Seconds without interactive requests after which batches take all slots."""
 UNLIMITED_AT_ONCE = 8
@@ -33,9 +35,16 @@ class PoolLoad:
 class BatchRoom:
     """Decides how many requests of batches may be under way for one model."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, slowdown: float) -> None:
+        """See `BatchesConfig`."""
         self._share = share
+        self._slowdown = slowdown
+        self._pace = Pace()
         self._interactive_at = -QUIET_AFTER_S
+
+    def answered(self, running: float, seconds: float, tokens: int, now: float) -> None:
+        """An answer of `tokens` took `seconds` while `running` requests of the model were under way."""
+        self._pace.observe(running, seconds, tokens, now)
 
     def free(self, load: ModelLoad, in_flight: int, now: float) -> int:
         """Requests that may be sent now, of batches that have `in_flight` under way; `now`: monotonic seconds."""
@@ -47,5 +56,8 @@ class BatchRoom:
             # Engines without a limit queue what they are given.
             return max(0, UNLIMITED_AT_ONCE - in_flight)
         beside_clients = now - self._interactive_at < QUIET_AFTER_S
-        own_limit = max(1, int(self._share * load.limit)) if beside_clients else load.limit
+        own_limit = load.limit
+        if beside_clients:
+            clients = max(0, load.running - in_flight)
+            own_limit = max(1, int(min(self._share * load.limit, self._pace.room(clients, self._slowdown, now))))
         return max(0, min(own_limit - in_flight, load.limit - load.running))

@@ -43,6 +43,8 @@ from tandem.observability.events import RequestsQueued
 
 POLL_S, PAUSE_S = 1.0, 5.0
 """Seconds between two looks for batches that are answered, and before a step that could not be taken is taken again."""
+LOOKUP_S, LOOKUP_POLL_S = 3.0, 0.2
+"""Seconds for which a step waits for gateways to look up a batch's models, and between two looks."""
 QUOTA_PAUSE_S = 60.0
 """Seconds before an output is written again for which its tenant had no bytes left."""
 STEPS_AT_ONCE = 4
@@ -214,7 +216,11 @@ class BatchRunner:
 
     def _verify(self, run: _Run) -> None:
         """Queue the requests once their models are known to be usable. It ends early where it is stopped."""
-        refusals = self._checks.refusals(run.job.id)
+        # Gateways answer soon; where none is there, the thread is given back.
+        end = time.monotonic() + LOOKUP_S
+        while (refusals := self._checks.refusals(run.job.id)) is None and time.monotonic() < end:
+            if run.stop.wait(LOOKUP_POLL_S):
+                return
         if refusals is None:
             run.next_step_at = time.monotonic() + POLL_S
             return

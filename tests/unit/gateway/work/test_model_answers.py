@@ -45,7 +45,7 @@ def principal(key_id: str, tenant: str, models: tuple[str, ...]) -> Principal:
 
 
 def answers(questions: Questions, error: Exception, principal_of: Any = principal) -> ModelAnswers:
-    return ModelAnswers(cast(ModelChecks, questions), cast(Catalog, Unresolved(error)), {}, principal_of)
+    return ModelAnswers(cast(ModelChecks, questions), cast(Catalog, Unresolved(error)), {}, principal_of, lambda: None)
 
 
 async def test_a_model_that_the_key_cannot_use_is_refused_once_with_the_gateways_error() -> None:
