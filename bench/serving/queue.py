@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import statistics
 import sys
@@ -31,6 +32,8 @@ THROUGHPUT, FIRST_TOKEN = 0.95, 1.5
 """Bars: of vLLM's throughput, at least; of the first token without a batch, 95 of 100, at most."""
 CLIENTS, TOKENS, REQUESTS = 4, 64, 64
 """Streams of clients, tokens of an answer, requests of a stream."""
+BESIDE_ROWS = 4000
+"""Rows of the batch beside clients, so that it does not end before they do."""
 POLL_S = 0.2
 COLUMNS = ("measured", "alone", "with the queue", "ratio")
 
@@ -83,10 +86,14 @@ def client_of(port: int) -> Any:
     return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEYS[port], timeout=60)
 
 
-def start_batch(client: Any, rows: Path) -> Any:
-    """A batch of the rows; its input is uploaded before."""
+def start_batch(client: Any, rows: Path, copies: int = 1) -> Any:
+    """A batch of the rows, each of them `copies` times; its input is uploaded before."""
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    content = "".join(json.dumps({**line, "body": {**line["body"], "model": "bench"}}) + "\n" for line in lines)
+    content = "".join(
+        json.dumps({**line, "custom_id": f"{copy}-{number}", "body": {**line["body"], "model": "bench"}}) + "\n"
+        for copy in range(copies)
+        for number, line in enumerate(lines)
+    )
     file = client.files.create(file=("rows.jsonl", content.encode()), purpose="batch")
     return client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
 
@@ -124,15 +131,22 @@ def beside_clients(port: int, rows: Path, *, queue_first: bool) -> dict[str, Any
 
     def beside() -> dict[str, Any]:
         client = client_of(port)
-        batch = start_batch(client, rows)
+        copies = math.ceil(BESIDE_ROWS / len(rows.read_text().splitlines()))
+        batch = start_batch(client, rows, copies)
         while not client.batches.retrieve(batch.id).request_counts.completed:
             time.sleep(POLL_S)
+        completed_before = client.batches.retrieve(batch.id).request_counts.completed
         figures = drive(port, CLIENTS, TOKENS, requests=REQUESTS)
         before = client.batches.retrieve(batch.id)
         client.batches.cancel(batch.id)
+        if before.status != "in_progress":
+            raise RuntimeError(
+                f"The batch was {before.status} before the clients had their answers. Give it more rows."
+            )
         while client.batches.retrieve(batch.id).status != "cancelled":
             time.sleep(POLL_S)
-        return {**figures, "still_running": before.status == "in_progress"}
+        completed = before.request_counts.completed - completed_before
+        return {**figures, "batch_answers": completed}
 
     turns = {"alone": alone, "beside": beside}
     return {f"clients_{name}": turns[name]() for name in (("beside", "alone") if queue_first else ("alone", "beside"))}
@@ -158,6 +172,18 @@ def summarise(results: list[dict[str, Any]]) -> tuple[list[list[str]], list[Verd
             f"{median(lambda r: r['clients_alone']['first_token_p95_ms']):.0f}",
             f"{median(lambda r: r['clients_beside']['first_token_p95_ms']):.0f}",
             f"{first:.2f}",
+        ],
+        [
+            f"tokens/s of {CLIENTS} clients, alone and beside the batch",
+            f"{median(lambda r: r['clients_alone']['tokens_per_s']):,.0f}",
+            f"{median(lambda r: r['clients_beside']['tokens_per_s']):,.0f}",
+            f"{median(lambda r: r['clients_beside']['tokens_per_s'] / r['clients_alone']['tokens_per_s']):.2f}",
+        ],
+        [
+            "requests/s of the batch beside clients",
+            "",
+            f"{median(lambda r: r['clients_beside']['batch_answers'] / r['clients_beside']['seconds']):.1f}",
+            "",
         ],
     ]
     verdicts = [

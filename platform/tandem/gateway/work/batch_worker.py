@@ -209,7 +209,9 @@ class BatchWorker:
             self._paused_until[group] = time.monotonic() + outcome.retry_after_s
         elif outcome.num_tokens:
             now, base = time.monotonic(), self._base_of(group.adapter)
-            self._rooms[base].answered((running + self._running(group.adapter)) / 2, now - began, outcome.num_tokens, now)
+            self._rooms[base].answered(
+                (running + self._running(group.adapter)) / 2, now - began, outcome.num_tokens, now
+            )
         self._answers.add(outcome)
 
     async def _report(self) -> None:

@@ -7,6 +7,7 @@ model or hardware. Pure.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -50,20 +51,23 @@ class Pace:
 
         Where little has been observed: twice as many as ever ran together, so that there is more to observe.
         """
-        observed = [each for each in self._observed.values() if now - each.at < FORGOTTEN_AFTER_S]
+        recent = (each for each in self._observed.values() if now - each.at < FORGOTTEN_AFTER_S)
+        observed = sorted(recent, key=lambda each: each.requests)
         if len(observed) < FEW:
             return max(1.0, 2.0 * max((each.requests for each in observed), default=0.0) - running)
-        # Least squares of the relative error: it is as large where few requests run as where many do.
-        weights = [1.0 / each.seconds_per_token**2 for each in observed]
-        total = sum(weights)
-        mean_requests = sum(w * each.requests for w, each in zip(weights, observed, strict=True)) / total
-        mean_pace = sum(w * each.seconds_per_token for w, each in zip(weights, observed, strict=True)) / total
-        deviations = [(each.requests - mean_requests, each.seconds_per_token - mean_pace) for each in observed]
-        variance = sum(w * dx * dx for w, (dx, _) in zip(weights, deviations, strict=True))
-        of_each = sum(w * dx * dy for w, (dx, dy) in zip(weights, deviations, strict=True)) / variance
+        # Fewer requests are not slower: a slow answer of few was one of a cold engine, or had a long prompt.
+        counts = [each.requests for each in observed]
+        paces = list(itertools.accumulate((each.seconds_per_token for each in reversed(observed)), min))[::-1]
+        # Least squares of the relative error, which is as large where few requests run as where many do.
+        weights = [1.0 / pace**2 for pace in paces]
+        fits = list(zip(weights, counts, paces, strict=True))
+        mean_count = sum(weight * count for weight, count, _ in fits) / sum(weights)
+        mean_pace = sum(weight * pace for weight, _, pace in fits) / sum(weights)
+        covariance = sum(weight * (count - mean_count) * (pace - mean_pace) for weight, count, pace in fits)
+        of_each = covariance / sum(weight * (count - mean_count) ** 2 for weight, count, _ in fits)
         if of_each <= 0.0:
             return math.inf
-        fixed = max(0.0, mean_pace - of_each * mean_requests)
+        fixed = max(0.0, mean_pace - of_each * mean_count)
         return (slowdown - 1.0) * (fixed / of_each + max(1, running))
 
 

@@ -68,6 +68,16 @@ def test_where_nothing_is_known_the_requests_grow_until_something_is() -> None:
     assert cpu(running + most[-1]) / cpu(running) == pytest.approx(1.25, rel=0.1)
 
 
+def test_slow_first_answers_of_a_cold_engine_are_corrected() -> None:
+    pace = Pace()
+    pace.observe(2, 100.0, 50, now=0.0)
+    observe(pace, cpu, 120, 250)
+    for _ in range(12):
+        observe(pace, cpu, 4 + min(128, pace.room(4, 1.25, now=0.0)))
+    room = pace.room(4, 1.25, now=0.0)
+    assert cpu(4 + room) / cpu(4) < 1.4
+
+
 def test_what_was_observed_long_ago_counts_no_more() -> None:
     pace = Pace()
     observe(pace, cpu, 2, 30, 250)
