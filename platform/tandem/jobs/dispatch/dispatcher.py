@@ -7,6 +7,7 @@ not started is started by the next leader, one that was started is found by its 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -40,6 +41,8 @@ LEASE_S = 30.0
 """Seconds after which the jobs and the lead of a dispatcher that died go to another one."""
 POLL_S, IDLE_POLLS = 1.0, 3
 """Seconds between two rounds, and how many times as long where no job waits or runs."""
+SUBMITTED_POLL_S = 0.5
+"""Seconds between two looks for a new job meanwhile, which only read."""
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class Dispatcher:
         lease_s: float = LEASE_S,
     ) -> None:
         """`runners`: by the name that jobs give; a job that names another one fails. `capacity`: of the cluster, now;
-        asked where a decision needs it.        `chores`: done while this process leads.
+        asked where a decision needs it. `chores`: done while this process leads.
         """
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._store = store
@@ -101,7 +104,19 @@ class Dispatcher:
             except Exception:
                 # One job or a part of the cluster that is not understood must not end dispatching.
                 log.exception("A round of the dispatcher failed. The next one follows.")
-            stop.wait(poll_s if self._has_jobs else IDLE_POLLS * poll_s)
+            self._wait(stop, poll_s)
+
+    def _wait(self, stop: threading.Event, poll_s: float) -> None:
+        """Wait until the next round; where nothing was to be done, longer, and until a job is submitted."""
+        if self._has_jobs:
+            stop.wait(poll_s)
+            return
+        end = time.monotonic() + IDLE_POLLS * poll_s
+        while not stop.wait(min(SUBMITTED_POLL_S, max(0.0, end - time.monotonic()))) and time.monotonic() < end:
+            # A round would write; where the database is away, it says so.
+            with contextlib.suppress(TandemError):
+                if self._store.has_queued():
+                    return
 
     def resign(self) -> None:
         """Let another process lead at once."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import exists, func, or_, select
 
 from tandem.db.schema import JobRow
 from tandem.jobs.work.connection import WorkConnection
@@ -51,6 +51,11 @@ class JobRuns(WorkConnection):
         with self._reading() as session:
             query = select(JobRow).where(JobRow.state.in_([state.value for state in ACTIVE]))
             return [to_job(row) for row in session.scalars(query.order_by(JobRow.number))]
+
+    def has_queued(self) -> bool:
+        """Whether any job waits to be started."""
+        with self._reading() as session:
+            return bool(session.scalar(select(exists().where(JobRow.state == State.QUEUED.value))))
 
     def claim(
         self, job_id: str, owner: str, lease_s: float, *, workers: int | None = None, term: Term | None = None

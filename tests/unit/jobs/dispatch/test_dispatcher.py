@@ -128,6 +128,22 @@ def test_a_fault_in_the_scheduler_ends_no_dispatcher(store: JobStore, world: Wor
     dispatcher.close()
 
 
+def test_an_idle_dispatcher_starts_a_new_job_before_its_next_round_is_due(store: JobStore, world: World) -> None:
+    stop = threading.Event()
+    with dispatching(store, world.runner()) as dispatcher:
+        assert dispatcher.round()
+        thread = threading.Thread(target=dispatcher.run, args=(stop,), kwargs={"poll_s": 3600.0})
+        thread.start()
+        time.sleep(0.2)  # it waits
+        job = store.submit(script("a", "true")).job
+        deadline = time.monotonic() + 240.0
+        while store.get(job.id).state is State.QUEUED:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stop.set()
+        thread.join()
+
+
 def test_processes_that_are_killed_are_noticed_and_the_job_is_tried_again(store: JobStore, world: World) -> None:
     job = store.submit(script("a", "kill -9 $PPID; kill -9 $$")).job
     with dispatching(store, world.runner()) as dispatcher:
