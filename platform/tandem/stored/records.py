@@ -51,6 +51,14 @@ class StoredAnswer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPage:
+    """One page of a list."""
+
+    answers: tuple[StoredAnswer, ...]
+    has_more: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Chain:
     """A response and those before it that it goes on from."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
@@ -12,9 +14,11 @@ from tandem.db.inserts import insert_into
 from tandem.db.schema import StoredAnswerRow, StoredTenantRow
 from tandem.registry.connection import RegistryConnection
 from tandem.stored.content import unpack
-from tandem.stored.records import AnswerKind, Chain, NewAnswer, StoredAnswer
+from tandem.stored.records import AnswerKind, Chain, NewAnswer, StoredAnswer, StoredPage
 
 EXPIRED_AT_ONCE = 1000
+PAGE_BYTES = 16 * 2**20
+"""Bytes of requests and answers in one page of a list, at most, unless the first answer alone has more."""
 
 
 class StoredAnswers(RegistryConnection):
@@ -72,8 +76,8 @@ class StoredAnswers(RegistryConnection):
         newest_first: bool = False,
         model: str | None = None,
         metadata: Mapping[str, str] | None = None,
-    ) -> list[StoredAnswer] | None:
-        """At most `limit` answers by time; None if there is no answer of the id `after`."""
+    ) -> StoredPage | None:
+        """At most `limit` answers by time, fewer where they are large; None if there is no answer of the id `after`."""
         order = (StoredAnswerRow.created_at, StoredAnswerRow.id)
         query = _live(tenant, kind)
         if model is not None:
@@ -87,8 +91,12 @@ class StoredAnswers(RegistryConnection):
                     return None
                 place, last = tuple_(*order), tuple_(cursor.created_at, cursor.id)
                 query = query.where(place < last if newest_first else place > last)
-            query = query.order_by(*(column.desc() if newest_first else column for column in order)).limit(limit)
-            return [_record(row) for row in session.scalars(query)]
+            query = query.order_by(*(column.desc() if newest_first else column for column in order))
+            sizes = query.with_only_columns(StoredAnswerRow.raw_bytes).limit(limit + 1)
+            totals = list(itertools.accumulate(session.scalars(sizes)))
+            count = max(1, min(limit, bisect.bisect_right(totals, PAGE_BYTES)))
+            answers = tuple(_record(row) for row in session.scalars(query.limit(count)))
+            return StoredPage(answers=answers, has_more=len(totals) > count)
 
     def chain(self, tenant: str, response_id: str, *, max_turns: int, max_bytes: int) -> Chain:
         """A response and those before it. The contents of more than `max_turns` responses, or `max_bytes`, are not read."""

@@ -18,6 +18,7 @@ from tandem.db.backup import backup, restore
 from tandem.db.database import parse_url
 from tandem.db.schema import StoredAnswerRow
 from tandem.registry import Registry, upgrade
+from tandem.stored import store as module
 from tandem.stored.content import pack
 from tandem.stored.records import AnswerKind, NewAnswer
 from tandem.stored.store import StoredAnswers
@@ -90,7 +91,9 @@ def test_lists_have_filters_and_pages_in_both_orders(store: StoredAnswers) -> No
     add(store, answer("r", kind=RESPONSE), answer("c9", kind=CHAT, tenant="other"))
 
     def ids(**options: Any) -> list[str]:
-        return [each.id for each in store.page("lab", CHAT, **{"limit": 10, **options}) or ()]
+        page = store.page("lab", CHAT, **{"limit": 10, **options})
+        assert page is not None
+        return [each.id for each in page.answers]
 
     assert ids() == ["c0", "c1", "c2", "c3", "c4"] and ids(newest_first=True, limit=2) == ["c4", "c3"]
     assert ids(after="c1", limit=2) == ["c2", "c3"] and ids(after="c1", newest_first=True) == ["c0"]
@@ -100,6 +103,22 @@ def test_lists_have_filters_and_pages_in_both_orders(store: StoredAnswers) -> No
     assert store.set_metadata("lab", CHAT, "c0", {"parity": "odd"}).metadata == {"parity": "odd"}  # type: ignore[union-attr]
     assert ids(metadata={"parity": "odd"}) == ["c0", "c1", "c3"]
     assert store.set_metadata("other", CHAT, "c0", {}) is None
+
+
+def test_a_page_of_large_answers_has_fewer_and_the_next_ones_follow(
+    store: StoredAnswers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, *(answer(f"c{number}", kind=CHAT, text="x" * 1000) for number in range(5)))
+    found = []
+    for page_bytes, limit, expected in ((2500, 10, 2), (10, 10, 1), (10_000, 1, 1), (10_000, 10, 1)):
+        monkeypatch.setattr(module, "PAGE_BYTES", page_bytes)
+        page = store.page("lab", CHAT, limit=limit, after=found[-1] if found else None)
+        assert page is not None and len(page.answers) == expected
+        found += [each.id for each in page.answers]
+        assert page.has_more == (len(found) < 5)
+    assert found == [f"c{number}" for number in range(5)]
+    page = store.page("lab", CHAT, limit=10, after="c4")
+    assert page is not None and page.answers == () and not page.has_more
 
 
 def test_a_chain_is_oldest_first_and_names_what_is_missing(store: StoredAnswers) -> None:

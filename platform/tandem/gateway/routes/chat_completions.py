@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -48,7 +49,7 @@ class ChatCompletionRoutes:
         ]
 
     async def list_completions(self, request: Request) -> Response:
-        """Stored chat completions of the caller's tenant, oldest first, at most `limit` after the id `after`.
+        """Stored chat completions of the caller's tenant, oldest first, at most `limit` after the id `after`, and 16 MiB.
 
         `model` and `metadata[KEY]` filter them.
         """
@@ -59,7 +60,7 @@ class ChatCompletionRoutes:
             self._service.store.page,
             tenant,
             AnswerKind.CHAT,
-            limit=limit + 1,
+            limit=limit,
             after=after,
             newest_first=order_of(request, "asc") == "desc",
             model=request.query_params.get("model"),
@@ -67,11 +68,12 @@ class ChatCompletionRoutes:
         )
         if found is None:
             raise ApiError(400, f"`after` is {str(after)[:80]!r}, which is no stored chat completion.", param="after")
-        return JSONResponse(item_page([completion_json(each) for each in found[:limit]], len(found) > limit))
+        completions = [completion_json(each) for each in found.answers]
+        return await self._service.encoded(item_page, completions, found.has_more)
 
     async def show(self, request: Request) -> Response:
         """A stored chat completion."""
-        return JSONResponse(completion_json(await self._find(request)))
+        return await self._service.encoded(to_json, completion_json(await self._find(request)))
 
     async def change(self, request: Request) -> Response:
         """Replace the metadata of a stored chat completion."""
@@ -86,7 +88,7 @@ class ChatCompletionRoutes:
         )
         if changed is None:
             raise self._not_found(stored.id)
-        return JSONResponse(completion_json(changed))
+        return await self._service.encoded(to_json, completion_json(changed))
 
     async def delete(self, request: Request) -> Response:
         """Delete a stored chat completion with its messages."""
@@ -100,7 +102,7 @@ class ChatCompletionRoutes:
         messages = listed_messages(await self._find(request))
         newest_first = order_of(request, "asc") == "desc"
         page = cut_page(messages[::-1] if newest_first else messages, request, page_limit(request, 20, 100))
-        return JSONResponse(item_page(*page))
+        return await self._service.encoded(item_page, *page)
 
     async def _find(self, request: Request) -> StoredAnswer:
         tenant, completion_id = tenant_of(principal_of(request.scope)), request.path_params["completion_id"]

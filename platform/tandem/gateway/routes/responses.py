@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -58,7 +59,7 @@ class ResponseRoutes:
         """A stored response."""
         if request.query_params.get("stream") == "true":
             raise ApiError(400, "`stream`: A stored response is not streamed again. Leave it out.", param="stream")
-        return JSONResponse(dict((await self._find(request)).answer))
+        return await self._service.encoded(to_json, dict((await self._find(request)).answer))
 
     async def delete(self, request: Request) -> Response:
         """Delete a stored response with its input; conversations cannot go on from it, nor from those after it."""
@@ -77,7 +78,7 @@ class ResponseRoutes:
         items = listed_items(await self._find(request))
         newest_first = order_of(request, "desc") == "desc"
         page = cut_page(items[::-1] if newest_first else items, request, page_limit(request, 20, 100))
-        return JSONResponse(item_page(*page))
+        return await self._service.encoded(item_page, *page)
 
     async def _find(self, request: Request) -> StoredAnswer:
         tenant, response_id = tenant_of(principal_of(request.scope)), request.path_params["response_id"]

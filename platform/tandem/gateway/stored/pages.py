@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.requests import Request
 
 from tandem.gateway.errors import ApiError
 from tandem.gateway.requests.query import metadata_pairs
 
 
-def item_page(items: Sequence[Mapping[str, Any]], has_more: bool) -> dict[str, Any]:
-    """One page of objects with ids."""
-    return {
-        "object": "list",
-        "data": list(items),
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": has_more,
-    }
+def item_page(items: Sequence[Mapping[str, Any]], has_more: bool) -> bytes:
+    """One page of objects with ids, as JSON.
+
+    Each object is encoded by itself, so that a thread that does this lets the event loop go on in between.
+    """
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    end = to_json({"first_id": first, "last_id": last, "has_more": has_more})
+    return b'{"object":"list","data":[' + b",".join(map(to_json, items)) + b"]," + end.removeprefix(b"{")
 
 
 def cut_page(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from starlette.responses import Response
 
 from tandem.api.openai.fine_tuning import METADATA_KEY, METADATA_PAIRS, METADATA_VALUE, Metadata
 from tandem.auth.principal import Principal
@@ -102,6 +103,10 @@ class StoredAnswerService:
     async def find(self, tenant: str, kind: AnswerKind, answer_id: str) -> StoredAnswer | None:
         """A stored answer; None if the tenant has none of that id."""
         return await self._recent(tenant, lambda found: found is not None, self.store.get, tenant, kind, answer_id)
+
+    async def encoded(self, encode: Callable[..., bytes], *args: object) -> Response:
+        """What a stored answer has, as a response. It may be megabytes, and is encoded in a thread."""
+        return Response(await self.calls(encode, *args), media_type="application/json")
 
     async def written(self, tenant: str) -> None:
         """Wait, `RECENT_S` at most, until answers that this gateway has given a tenant are in the database."""
