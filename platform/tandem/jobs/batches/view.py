@@ -29,14 +29,14 @@ STATUSES: Mapping[State, wire.Status] = {
 
 
 def batch_to_wire(job: Job, counts: Mapping[State, int], events: Iterable[NumberedEvent]) -> wire.Batch:
-    """A batch; `counts`: numbers of its requests by state, `events`: those of its job."""
+    """A batch; `counts`: numbers of its requests by state, not needed where `has_counts`; `events`: those of its job."""
     events = list(events)
     result = job.result or {}
     status = _status(job, counts, events)
     entered = _first_times(events)
     ended_at = None if job.ended_at is None else int(job.ended_at.timestamp())
     completed = counts.get(State.FINISHED, 0)
-    total = sum(counts.values())
+    total = result["completed"] + result["failed"] if has_counts(job) else sum(counts.values())
     in_progress_at = entered.get(State.RUNNING)
     return wire.Batch(
         id=job.id,
@@ -63,6 +63,11 @@ def batch_to_wire(job: Job, counts: Mapping[State, int], events: Iterable[Number
         metadata=job.spec.get("metadata"),
         model=job.spec.get("model"),
     )
+
+
+def has_counts(job: Job) -> bool:
+    """Whether the result of a job that has ended has the numbers of its requests."""
+    return job.state.ended and {"completed", "failed"} <= (job.result or {}).keys()
 
 
 def _status(job: Job, counts: Mapping[State, int], events: Iterable[NumberedEvent]) -> wire.Status:

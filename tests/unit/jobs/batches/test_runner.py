@@ -314,7 +314,7 @@ def test_a_paused_batch_that_is_cancelled_has_an_output_of_what_was_answered(
 ) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(request(n)) + "\n" for n in range(3)))
-    spec = {"endpoint": "/v1/completions", "location": str(path)}
+    spec = {"endpoint": "/v1/completions", "location": str(path), "input_file_id": "file-1"}
     job = store.submit(JobSubmission(kind=JobKind.BATCH, name="b", spec=spec, tenant="red", runner=RUNNER)).job
     dispatcher = Dispatcher(store, {RUNNER: runner}, lambda: Capacity(cpus=1.0))
 
@@ -330,6 +330,8 @@ def test_a_paused_batch_that_is_cancelled_has_an_output_of_what_was_answered(
     result = store.get(job.id).result
     assert result is not None and (result["completed"], result["failed"]) == (1, 2)
     assert ids(files, result["output_file_id"]) == ["id-0"]
+    shown = batch_to_wire(store.get(job.id), {}, store.events(job.id)).request_counts
+    assert (shown.total, shown.completed, shown.failed) == (3, 1, 2), "an ended batch tells its numbers without a count"
     dispatcher.close()
 
 
