@@ -117,6 +117,7 @@ async def test_a_hanging_database_delays_a_request_by_its_timeout_at_most(
     # Nobody polls the database meanwhile: a connection of its own would keep the lock away.
     await world.app.state.identity.keys.stop()
     await world.app.state.work.worker.stop()
+    await world.app.state.work.model_answers.stop()
     await world.app.state.files.upkeep.stop()
     reads = world.app.state.catalog._reads
     reads._poll_task.cancel()

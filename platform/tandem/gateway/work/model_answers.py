@@ -55,8 +55,11 @@ class ModelAnswers:
         self._service = asyncio.create_task(self._answer_all())
 
     async def stop(self) -> None:
-        """End, and close the connections."""
+        """End, and close the connections; nothing happens if it has ended, or has not begun."""
+        if self._service is None:
+            return
         await stop(self._service)
+        self._service = None
         await self._in_thread(self._checks.close)
         self._thread.shutdown(wait=False)
 
