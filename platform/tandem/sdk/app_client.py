@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tandem.api.jobs import TandemCapacity
 from tandem.sdk.address import find_api_url
 from tandem.sdk.client import Prompt, RemoteLLM, RequestOutput, SamplingParams
+from tandem.sdk.jobs import requests
 from tandem.sdk.jobs.client import Jobs
 from tandem.sdk.talk import Talker, the_only
 from tandem.settings import settings
@@ -117,7 +118,7 @@ class Client:
 
     def capacity(self, *, tenant: str | None = None) -> TandemCapacity:
         """CPUs and GPUs of the app's cluster: total, used, free, with the age of the figures; quota and share of the tenant."""
-        return self.jobs.capacity(tenant=tenant)
+        return self.jobs.ask(requests.capacity_request(tenant))
 
     def usage(
         self,
@@ -131,7 +132,13 @@ class Client:
 
         Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
         """
-        return self.jobs.usage(by, since=since, until=until, tenant=tenant)
+        offset = 0
+        while True:
+            page = self.jobs.ask(requests.usage_request(by, since=since, until=until, tenant=tenant, offset=offset))
+            yield from page.data
+            if not page.has_more:
+                return
+            offset += len(page.data)
 
     def _talker(self, temperature: float | None = None, max_tokens: int | None = None) -> Talker:
         return Talker(api_url=self.base_url, api_key=self.api_key, temperature=temperature, max_tokens=max_tokens)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tandem.api.jobs import TandemCapacity
 from tandem.sdk.address import find_api_url
+from tandem.sdk.jobs import requests
 from tandem.sdk.jobs.async_client import AsyncJobs
 from tandem.settings import settings
 
@@ -47,9 +48,9 @@ class AsyncClient:
 
     async def capacity(self, *, tenant: str | None = None) -> TandemCapacity:
         """CPUs and GPUs of the app's cluster: total, used, free, with the age of the figures; quota and share of the tenant."""
-        return await self.jobs.capacity(tenant=tenant)
+        return await self.jobs.ask(requests.capacity_request(tenant))
 
-    def usage(
+    async def usage(
         self,
         by: Sequence[str] = ("hour", "key_id", "model"),
         *,
@@ -61,4 +62,13 @@ class AsyncClient:
 
         Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
         """
-        return self.jobs.usage(by, since=since, until=until, tenant=tenant)
+        offset = 0
+        while True:
+            page = await self.jobs.ask(
+                requests.usage_request(by, since=since, until=until, tenant=tenant, offset=offset)
+            )
+            for each in page.data:
+                yield each
+            if not page.has_more:
+                return
+            offset += len(page.data)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
 
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.errors import TandemError
@@ -15,12 +13,12 @@ from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.routes.openai import check_route
 from tandem.gateway.work.batch_sender import PrincipalOf
 from tandem.jobs.batches.model_checks import ModelChecks, ModelQuestion, Refusal
+from tandem.registry.timed_calls import TimedCalls
 from tandem.tasks import stop
 
-POLL_S = 0.5
+POLL_S, DATABASE_S = 0.5, 10.0
+"""Seconds between two looks, and that the database may take to answer."""
 ROUTES = {route.path: route for route in ENGINE_ROUTES}
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ class ModelAnswers:
         self._expect = expect
         self._answered: set[ModelQuestion] = set()
         """Of the questions at the last look, those that this gateway has answered."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-models")
+        self._calls = TimedCalls(checks, "batch-models")
         self._service: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -55,19 +53,15 @@ class ModelAnswers:
         self._service = asyncio.create_task(self._answer_all())
 
     async def stop(self) -> None:
-        """End, and close the connections; nothing happens if it has ended, or has not begun."""
-        if self._service is None:
-            return
+        """End, and close the connections."""
         await stop(self._service)
-        self._service = None
-        await self._in_thread(self._checks.close)
-        self._thread.shutdown(wait=False)
+        self._calls.close()
 
     async def _answer_all(self) -> None:
         while True:
             try:
                 await self.answer_open()
-            except TandemError as error:
+            except (TandemError, TimeoutError) as error:
                 log.warning("Models of batches: %s", error)
             except Exception:
                 log.exception("Models of batches: a fault. It is tried again.")
@@ -75,7 +69,7 @@ class ModelAnswers:
 
     async def answer_open(self) -> None:
         """Answer the questions that are new."""
-        questions = await self._in_thread(self._checks.unanswered)
+        questions = await self._calls.run(DATABASE_S, self._checks.unanswered)
         self._answered.intersection_update(questions)
         for question in questions:
             if question in self._answered:
@@ -84,7 +78,7 @@ class ModelAnswers:
                 refusal = await self._refusal(question)
             except ApiError:  # the registry does not answer
                 continue
-            await self._in_thread(self._checks.answer, question, refusal)
+            await self._calls.run(DATABASE_S, self._checks.answer, question, refusal)
             self._answered.add(question)
             if refusal is None:
                 self._expect()
@@ -102,6 +96,3 @@ class ModelAnswers:
                 raise
             return Refusal(error.code or "invalid_model", error.message)
         return None
-
-    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)

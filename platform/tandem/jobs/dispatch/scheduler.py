@@ -21,6 +21,7 @@ from tandem.jobs.scheduling import ClusterState, Grow, Hold, Node, Preempt, Run,
 from tandem.jobs.scheduling import records as scheduling
 from tandem.jobs.scheduling.from_config import policy, tenants
 from tandem.jobs.scheduling.pool import Pool
+from tandem.jobs.scheduling.reasons import in_line
 from tandem.jobs.work.records import Job
 from tandem.jobs.work.states import State
 
@@ -191,13 +192,13 @@ class Scheduler:
     def _reasons(self, held: dict[str, str]) -> Iterator[actions.Wait]:
         """Why the first jobs of each tenant wait."""
         for tenant, queue in self.state.queues.items():
-            first, of_tenant = queue.head(), f" of tenant {tenant}" if tenant else ""
+            first = queue.head()
             for ahead, job in enumerate(queue.jobs()):
                 if ahead == EXPLAINED_JOBS:
                     break
                 reason = held.get(job.id)
                 if reason is None:
-                    reason = f"waits behind {ahead} job{'' if ahead == 1 else 's'}{of_tenant}"
+                    reason = in_line(ahead, tenant)
                     if first is not None and first.id in held:
                         # Not its reason: each change of that would be written to all rows behind it.
                         reason += f", of which {first.id} is the first"

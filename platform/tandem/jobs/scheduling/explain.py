@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tandem.jobs.scheduling import reasons
 from tandem.jobs.scheduling.decide import SchedulingPass
 from tandem.jobs.scheduling.decisions import Hold, Start
 from tandem.jobs.scheduling.state import ClusterState
@@ -19,7 +20,7 @@ def explain(state: ClusterState, tenant: str, job_id: str, now: float) -> Hold |
     ahead = queue.ahead_of(queue[job_id])
     first = queue.head()
     assert first is not None
-    reason = f"waits behind {ahead} job{'' if ahead == 1 else 's'} of tenant {tenant}"
+    reason = reasons.in_line(ahead, tenant)
     if first.id in holds:
         reason += f", of which the first, {first.id}, {holds[first.id].reason}"
     return Hold(job_id=job_id, reason=reason)

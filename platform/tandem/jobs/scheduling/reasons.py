@@ -62,6 +62,11 @@ def behind(free: Pool, job: Job, first: Job) -> str:
     return f"waits for {needed(job)}; {usable(free, job)}, and {named(first, job)} is before it"
 
 
+def in_line(ahead: int, tenant: str) -> str:
+    """Of a job behind `ahead` others of its tenant; empty: of no tenant."""
+    return f"waits behind {ahead} job{'' if ahead == 1 else 's'}" + (f" of tenant {tenant}" if tenant else "")
+
+
 def would_delay(job: Job, policy: Policy, first: Job, start_s: float) -> str:
     """Of a job that fits now, in the way of the first. The text stays the same while nothing happens: it is written to rows."""
     limit = "its time limit" if job.time_limit_s is not None else "the default time limit"

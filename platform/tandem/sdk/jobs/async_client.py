@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
 
@@ -51,7 +50,7 @@ class AsyncJobs:
         """Jobs, newest first, in pages as they are read. `tenant`: of one alone, with an admin's key."""
         after = None
         while True:
-            page = await self._ask(
+            page = await self.ask(
                 requests.page_request(
                     kinds=kinds, states=states, parent=parent, tenant=tenant, after=after, limit=requests.PAGE
                 )
@@ -64,31 +63,31 @@ class AsyncJobs:
 
     async def get(self, job_id: str) -> wire.TandemJob:
         """One job."""
-        return await self._ask(requests.job_request(job_id))
+        return await self.ask(requests.job_request(job_id))
 
     async def cancel(self, job_id: str) -> wire.TandemJob:
         """End a job: at once where it waits, else as soon as nothing of it runs. One that has ended stays as it is."""
-        return await self._ask(requests.action_request(job_id, "cancel"))
+        return await self.ask(requests.action_request(job_id, "cancel"))
 
     async def pause(self, job_id: str) -> wire.TandemJob:
         """Let a job save and leave, until it is resumed."""
-        return await self._ask(requests.action_request(job_id, "pause"))
+        return await self.ask(requests.action_request(job_id, "pause"))
 
     async def resume(self, job_id: str) -> wire.TandemJob:
         """Put a paused job into the queue again."""
-        return await self._ask(requests.action_request(job_id, "resume"))
+        return await self.ask(requests.action_request(job_id, "resume"))
 
     async def requeue(self, job_id: str) -> wire.TandemJob:
         """Run a job again that ended without success; its failures are counted anew."""
-        return await self._ask(requests.action_request(job_id, "requeue"))
+        return await self.ask(requests.action_request(job_id, "requeue"))
 
     async def hold(self, job_id: str) -> wire.TandemJob:
         """Keep a job that waits from starting."""
-        return await self._ask(requests.action_request(job_id, "hold"))
+        return await self.ask(requests.action_request(job_id, "hold"))
 
     async def release(self, job_id: str) -> wire.TandemJob:
         """Let a held job start."""
-        return await self._ask(requests.action_request(job_id, "release"))
+        return await self.ask(requests.action_request(job_id, "release"))
 
     async def events(
         self, job_id: str, *, after: str | None = None, follow: bool = False
@@ -101,7 +100,7 @@ class AsyncJobs:
                 yield event
             return
         while True:
-            page = await self._ask(requests.events_request(job_id, after))
+            page = await self.ask(requests.events_request(job_id, after))
             for each in page.data:
                 yield each
             if not page.has_more:
@@ -134,42 +133,18 @@ class AsyncJobs:
         self, job_id: str, *, names: Sequence[str] = (), after_step: int | None = None
     ) -> wire.TandemJobMetrics:
         """Metric series of a training job; `names`: of these alone, `after_step`: of later steps alone."""
-        return await self._ask(requests.metrics_request(job_id, names, after_step))
+        return await self.ask(requests.metrics_request(job_id, names, after_step))
 
     async def lineage(self, job_id: str) -> wire.TandemLineage:
         """What a job was made from, and what was made of it."""
-        return await self._ask(requests.lineage_request(job_id))
+        return await self.ask(requests.lineage_request(job_id))
 
     async def queue(self, *, tenant: str | None = None) -> wire.TandemQueue:
         """Jobs and requests by state, and the jobs that wait. `tenant`: of one alone, with an admin's key."""
-        return await self._ask(requests.queue_request(tenant))
+        return await self.ask(requests.queue_request(tenant))
 
-    async def capacity(self, *, tenant: str | None = None) -> wire.TandemCapacity:
-        """CPUs and GPUs of the app's cluster, with the age of the figures. `tenant`: its share alone, with an admin's key."""
-        return await self._ask(requests.capacity_request(tenant))
-
-    async def usage(
-        self,
-        by: Sequence[str] = ("hour", "key_id", "model"),
-        *,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        tenant: str | None = None,
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Sums of requests and tokens by the columns `by`, one after the other; by default of the last 30 days.
-
-        Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
-        """
-        offset = 0
-        while True:
-            page = await self._ask(requests.usage_request(by, since=since, until=until, tenant=tenant, offset=offset))
-            for each in page.data:
-                yield each
-            if not page.has_more:
-                return
-            offset += len(page.data)
-
-    async def _ask(self, request: JobRequest[M]) -> M:
+    async def ask(self, request: JobRequest[M]) -> M:
+        """The answer to one request of the native routes."""
         with self._errors():
             send = self._client().get if request.method == "get" else self._client().post
             return request.model.model_validate(await send(request.target, cast_to=object))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
 
@@ -51,7 +50,7 @@ class Jobs:
         """Jobs, newest first, in pages as they are read. `tenant`: of one alone, with an admin's key."""
         after = None
         while True:
-            page = self._ask(
+            page = self.ask(
                 requests.page_request(
                     kinds=kinds, states=states, parent=parent, tenant=tenant, after=after, limit=requests.PAGE
                 )
@@ -63,31 +62,31 @@ class Jobs:
 
     def get(self, job_id: str) -> wire.TandemJob:
         """One job."""
-        return self._ask(requests.job_request(job_id))
+        return self.ask(requests.job_request(job_id))
 
     def cancel(self, job_id: str) -> wire.TandemJob:
         """End a job: at once where it waits, else as soon as nothing of it runs. One that has ended stays as it is."""
-        return self._ask(requests.action_request(job_id, "cancel"))
+        return self.ask(requests.action_request(job_id, "cancel"))
 
     def pause(self, job_id: str) -> wire.TandemJob:
         """Let a job save and leave, until it is resumed."""
-        return self._ask(requests.action_request(job_id, "pause"))
+        return self.ask(requests.action_request(job_id, "pause"))
 
     def resume(self, job_id: str) -> wire.TandemJob:
         """Put a paused job into the queue again."""
-        return self._ask(requests.action_request(job_id, "resume"))
+        return self.ask(requests.action_request(job_id, "resume"))
 
     def requeue(self, job_id: str) -> wire.TandemJob:
         """Run a job again that ended without success; its failures are counted anew."""
-        return self._ask(requests.action_request(job_id, "requeue"))
+        return self.ask(requests.action_request(job_id, "requeue"))
 
     def hold(self, job_id: str) -> wire.TandemJob:
         """Keep a job that waits from starting."""
-        return self._ask(requests.action_request(job_id, "hold"))
+        return self.ask(requests.action_request(job_id, "hold"))
 
     def release(self, job_id: str) -> wire.TandemJob:
         """Let a held job start."""
-        return self._ask(requests.action_request(job_id, "release"))
+        return self.ask(requests.action_request(job_id, "release"))
 
     def events(self, job_id: str, *, after: str | None = None, follow: bool = False) -> Iterator[wire.TandemJobEvent]:
         """Events after the one with the id `after`, oldest first; with `follow` until the job ends, across lost connections."""
@@ -97,7 +96,7 @@ class Jobs:
             )
             return
         while True:
-            page = self._ask(requests.events_request(job_id, after))
+            page = self.ask(requests.events_request(job_id, after))
             yield from page.data
             if not page.has_more:
                 return
@@ -127,41 +126,18 @@ class Jobs:
         self, job_id: str, *, names: Sequence[str] = (), after_step: int | None = None
     ) -> wire.TandemJobMetrics:
         """Metric series of a training job; `names`: of these alone, `after_step`: of later steps alone."""
-        return self._ask(requests.metrics_request(job_id, names, after_step))
+        return self.ask(requests.metrics_request(job_id, names, after_step))
 
     def lineage(self, job_id: str) -> wire.TandemLineage:
         """What a job was made from, and what was made of it."""
-        return self._ask(requests.lineage_request(job_id))
+        return self.ask(requests.lineage_request(job_id))
 
     def queue(self, *, tenant: str | None = None) -> wire.TandemQueue:
         """Jobs and requests by state, and the jobs that wait. `tenant`: of one alone, with an admin's key."""
-        return self._ask(requests.queue_request(tenant))
+        return self.ask(requests.queue_request(tenant))
 
-    def capacity(self, *, tenant: str | None = None) -> wire.TandemCapacity:
-        """CPUs and GPUs of the app's cluster, with the age of the figures. `tenant`: its share alone, with an admin's key."""
-        return self._ask(requests.capacity_request(tenant))
-
-    def usage(
-        self,
-        by: Sequence[str] = ("hour", "key_id", "model"),
-        *,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        tenant: str | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Sums of requests and tokens by the columns `by`, one after the other; by default of the last 30 days.
-
-        Columns: hour, day, tenant, key_id, model, adapter, route. `tenant`: of one alone, with an admin's key.
-        """
-        offset = 0
-        while True:
-            page = self._ask(requests.usage_request(by, since=since, until=until, tenant=tenant, offset=offset))
-            yield from page.data
-            if not page.has_more:
-                return
-            offset += len(page.data)
-
-    def _ask(self, request: JobRequest[M]) -> M:
+    def ask(self, request: JobRequest[M]) -> M:
+        """The answer to one request of the native routes."""
         with self._errors():
             send = self._client().get if request.method == "get" else self._client().post
             return request.model.model_validate(send(request.target, cast_to=object))
