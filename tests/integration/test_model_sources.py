@@ -78,7 +78,7 @@ def test_replicas_that_start_at_once_fetch_a_model_once(uri: str, tmp_path: Path
         "import sys; from tandem.registry import model_cache as m\n"
         "copy = m._copy\n"
         "def counted(files, source, target):\n"
-        "    print('copied', source, flush=True)\n"
+        "    sys.stdout.write(f'copied {source}\\n')\n"
         "    return copy(files, source, target)\n"
         "m._copy = counted\n"
         "print(m.ModelCache.open().fetch(m.describe(sys.argv[1])))\n"
