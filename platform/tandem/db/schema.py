@@ -21,7 +21,7 @@ __all__ = [
     "UsageWriterRow", "WebhookDeliveryRow",
 ]  # fmt: skip
 
-REVISION = "0013"
+REVISION = "0014"
 """The newest migration: a database that is at it needs nothing done."""
 
 

@@ -17,6 +17,7 @@ class StoredAnswerRow(Base):
     __table_args__ = (
         Index("ix_stored_answers_created_at", "tenant", "kind", "created_at", "id"),
         Index("ix_stored_answers_expires_at", "expires_at"),
+        Index("ix_stored_answers_idempotency_key", "tenant", "idempotency_key", unique=True),
     )
 
     tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
@@ -37,6 +38,8 @@ class StoredAnswerRow(Base):
     """Size of the content before its compression."""
     content: Mapped[bytes] = mapped_column(LargeBinary)
     """Request and answer, as `stored.content` packs them."""
+    idempotency_key: Mapped[str | None] = mapped_column(String(64))
+    """SHA-256 of the caller, the path and the request's `Idempotency-Key`."""
 
 
 class StoredTenantRow(Base):

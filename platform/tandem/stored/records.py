@@ -33,6 +33,8 @@ class NewAnswer:
     content: bytes
     """As `stored.content.pack` makes it."""
     lifetime_days: int
+    idempotency_key: str | None = None
+    """Digest of the key that the request was sent with; the answers of two requests with one key replace each other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,9 @@ class StoredAnswers(RegistryConnection):
     """The stored answers in a registry's database. An answer of another tenant does not exist."""
 
     def add(self, new: NewAnswer, *, tenant_bytes: int) -> bool:
-        """Store an answer; one of the same id is replaced. False, and nothing is stored, if its tenant would have more than
-        `tenant_bytes`.
+        """Store an answer; one of the same id or idempotency key is replaced.
+
+        False, and nothing is stored, if its tenant would have more than `tenant_bytes`.
         """
         now = datetime.now(UTC)
         with self._adding() as session:
@@ -41,7 +42,10 @@ class StoredAnswers(RegistryConnection):
             )
             if not taken.rowcount:  # type: ignore[attr-defined]
                 return False
-            _delete(session, new.tenant, StoredAnswerRow.id == new.id)
+            is_replaced = StoredAnswerRow.id == new.id
+            if new.idempotency_key is not None:
+                is_replaced |= StoredAnswerRow.idempotency_key == new.idempotency_key
+            _delete(session, new.tenant, is_replaced)
             session.add(
                 StoredAnswerRow(
                     tenant=new.tenant,
@@ -56,6 +60,7 @@ class StoredAnswers(RegistryConnection):
                     expires_at=now + timedelta(days=new.lifetime_days),
                     raw_bytes=new.raw_bytes,
                     content=new.content,
+                    idempotency_key=new.idempotency_key,
                 )
             )
         return True
@@ -65,6 +70,13 @@ class StoredAnswers(RegistryConnection):
         with self._reading() as session:
             row = session.scalars(_live(tenant, kind).where(StoredAnswerRow.id == answer_id)).one_or_none()
             return None if row is None else _record(row)
+
+    def of_key(self, tenant: str, kind: AnswerKind, idempotency_key: str) -> StoredAnswer | None:
+        """The answer of the request that was sent with an idempotency key; None if there is none."""
+        with self._reading() as session:
+            row = session.scalars(_live(tenant, kind).where(StoredAnswerRow.idempotency_key == idempotency_key))
+            found = row.one_or_none()
+            return None if found is None else _record(found)
 
     def page(
         self,

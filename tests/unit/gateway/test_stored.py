@@ -105,6 +105,46 @@ async def test_nothing_is_stored_unless_asked_for_or_the_config_says_so(stored: 
             await always.lab.responses.retrieve(made.id)
 
 
+async def test_a_request_sent_again_with_its_idempotency_key_gets_the_stored_answer(stored: Stored) -> None:
+    headers = {"Idempotency-Key": "once"}
+
+    async def ask(client: openai.AsyncOpenAI, text: str = "one two", **options: Any) -> Any:
+        chat = client.chat.completions.with_raw_response
+        messages = [{"role": "user", "content": text}]
+        return await chat.create(model="base", messages=messages, extra_headers=headers, **{"store": True, **options})
+
+    first, again = await ask(stored.lab), await ask(stored.lab)
+    assert again.parse() == first.parse()
+    assert (first.headers.get("idempotent-replayed"), again.headers["idempotent-replayed"]) == (None, "true")
+    assert await stored.page() == [first.parse().id]
+    with pytest.raises(openai.ConflictError, match=f"with another request, whose answer is {first.parse().id}"):
+        await ask(stored.lab, "three")
+    # The key counts for one caller, one path, and answers that are stored.
+    response = await stored.lab.responses.create(model="base", input="one two", store=True, extra_headers=headers)
+    assert response.output_text == "one two"
+    for fresh in (await ask(stored.other), await ask(stored.lab, "three", store=False)):
+        assert "idempotent-replayed" not in fresh.headers
+    # Without one, each request is stored.
+    del headers["Idempotency-Key"]
+    await ask(stored.lab)
+    await stored.written()
+    assert len(await stored.page()) == 2
+
+
+async def test_a_stream_sent_again_with_its_idempotency_key_is_stored_once(stored: Stored) -> None:
+    ids = []
+    for _ in range(2):
+        stream = await stored.lab.responses.create(
+            model="base", input="one two", store=True, stream=True, extra_headers={"Idempotency-Key": "once"}
+        )
+        ids.append([event.response.id async for event in stream if event.type == "response.completed"])
+        await stored.written()
+    assert ids[0] != ids[1]
+    assert (await stored.lab.responses.retrieve(ids[1][0])).output_text == "one two"
+    with pytest.raises(openai.NotFoundError):
+        await stored.lab.responses.retrieve(ids[0][0])
+
+
 async def test_a_streamed_response_is_stored_whole_and_its_client_sees_every_event(stored: Stored) -> None:
     events = [
         event

@@ -75,6 +75,16 @@ def test_an_answer_with_the_same_id_replaces_the_first_one_and_its_bytes(store: 
     assert store.used_bytes("lab") == len(answer("a", text="two").content)
 
 
+def test_an_answer_with_the_same_idempotency_key_replaces_the_first_one_of_its_tenant(store: StoredAnswers) -> None:
+    add(store, answer("a", idempotency_key="k"), answer("b"), answer("a", tenant="other", idempotency_key="k"))
+    assert store.of_key("lab", RESPONSE, "k") == store.get("lab", RESPONSE, "a")
+    assert store.of_key("lab", CHAT, "k") is None and store.of_key("lab", RESPONSE, "l") is None
+    add(store, answer("c", idempotency_key="k"))
+    assert [store.get("lab", RESPONSE, id_) is None for id_ in "abc"] == [True, False, False]
+    assert store.used_bytes("lab") == len(answer("b").content) + len(answer("c").content)
+    assert store.of_key("other", RESPONSE, "k") == store.get("other", RESPONSE, "a")
+
+
 def test_answers_beyond_the_quota_are_not_stored_until_others_are_deleted(store: StoredAnswers) -> None:
     size = len(answer("a").content)
     assert store.add(answer("a"), tenant_bytes=size)

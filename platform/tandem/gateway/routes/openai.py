@@ -16,7 +16,6 @@ from starlette.routing import BaseRoute, Route
 from tandem.api.nulls import drop_nulls
 from tandem.api.request_values import missing_fields, value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
-from tandem.auth.principal import Principal
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
 from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
@@ -40,8 +39,8 @@ from tandem.gateway.requests.request_caps import check_caps
 from tandem.gateway.requests.request_content import check_content
 from tandem.gateway.requests.request_hints import read_routing_request, salt_cache, take_scheduling_hints
 from tandem.gateway.routes import responses
-from tandem.gateway.stored.recording import AnswerLabels
-from tandem.gateway.stored.service import KINDS, StoredAnswerService
+from tandem.gateway.stored.service import KINDS, StoredAnswerService, StoredRequest
+from tandem.gateway.work.calls import once_of
 from tandem.routing.records import ServedModel
 from tandem.usage import UsageLabels
 
@@ -49,6 +48,8 @@ ENGINE_HEADERS = ("traceparent", "tracestate")
 """Request headers passed to the engine beside a given id of the request; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
+REPEATED_HEADER = "idempotent-replayed"
+"""Response header: `true` for the stored answer to a request that was sent before with the same `Idempotency-Key`."""
 HEALTH_CACHE_S = 1.0
 """Seconds for which `/health` without a key repeats its answer."""
 WARNING_HEADER = "x-tandem-warning"
@@ -130,7 +131,13 @@ class OpenAIRoutes:
         engine, config = model.engine, model.base.config
         check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
         client_raw = raw
-        labels_to_store, raw = await self._prepare_stored(route.path, body, raw, principal)
+        stored, raw = await self._prepare_stored(route.path, body, raw, request)
+        if stored.repeated is not None:
+            held_body.release()
+            await self._accounting.count(principal)
+            answer = await self._stored.encoded(to_json, dict(stored.repeated.answer))
+            answer.headers[REPEATED_HEADER] = "true"
+            return answer
         size = len(raw)
         held_body.grow_to(size)
         try:
@@ -173,29 +180,30 @@ class OpenAIRoutes:
             warnings=warnings,
         )
         prepare = functools.partial(with_prefill, self._relay) if config.prefill else None
-        recording, warning = self._stored.record(labels_to_store, client_raw)
+        recording, warning = self._stored.record(stored.labels, client_raw)
         add_warning(warnings, warning)
         return RelayedResponse(self._relay, engine_request, account, prepare, held_body, recording)
 
     async def _prepare_stored(
-        self, path: str, body: dict[str, Any], raw: bytes, principal: Principal
-    ) -> tuple[AnswerLabels | None, bytes]:
-        """Take what concerns stored answers out of a body; labels of the answer if it is to be stored, and the engine's body.
+        self, path: str, body: dict[str, Any], raw: bytes, request: Request
+    ) -> tuple[StoredRequest, bytes]:
+        """Take what concerns stored answers out of a body; what that was, and the engine's body.
 
         That has the whole conversation where the request goes on from a stored response.
         """
         if path not in KINDS:
-            return None, raw
+            return StoredRequest(labels=None), raw
         if path == responses.PATH:
             responses.check(body, can_store=self._stored.config.enabled)
-        stored = await self._stored.prepare(path, body, principal)
+        key = once_of(request) if "idempotency-key" in request.headers else None
+        stored = await self._stored.prepare(path, body, principal_of(request.scope), key)
         if path == responses.PATH:
             # Left out it would be true.
             body["store"] = False
         if stored.conversation is not None:
             body["input"] = stored.conversation
             raw = await self._large_bodies.run(stored.num_bytes, to_json, body)
-        return stored.labels, raw
+        return stored, raw
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
         """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""

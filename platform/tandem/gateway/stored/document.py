@@ -8,6 +8,7 @@ from typing import Any
 from tandem.gateway.routes.openapi.operations import (
     AFTER,
     COMPONENTS,
+    IDEMPOTENCY_KEY,
     Paths,
     limit,
     path_parameter,
@@ -65,6 +66,8 @@ def add_stored_paths(paths: Paths, errors: Mapping[str, Any]) -> None:
             "get": _operation("list_chat_completion_messages", "ItemPage", [completion, *_page_parameters("asc")])
         },
     }
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        paths[path]["post"]["parameters"] = [IDEMPOTENCY_KEY]
     for path, operations in with_errors(added, errors).items():
         paths[path] = paths.get(path, {}) | operations
 

@@ -146,6 +146,7 @@ class Recorder:
             raw_bytes=raw_bytes,
             content=content,
             lifetime_days=self._config.days,
+            idempotency_key=labels.idempotency_key,
         )
         return "" if self._store.add(new, tenant_bytes=self._config.tenant_bytes) else "tenant_full"
 

@@ -19,6 +19,8 @@ class AnswerLabels:
     """As the request named it."""
     metadata: dict[str, str]
     previous_id: str | None
+    idempotency_key: str | None
+    """Digest of the request's key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

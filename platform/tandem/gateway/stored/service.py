@@ -13,11 +13,13 @@ from starlette.responses import Response
 from tandem.api.openai.fine_tuning import METADATA_KEY, METADATA_PAIRS, METADATA_VALUE, Metadata
 from tandem.auth.principal import Principal
 from tandem.config.serving.app import GatewayConfig
+from tandem.errors import IdempotencyConflictError
 from tandem.gateway.errors import ApiError
 from tandem.gateway.identity.authentication import tenant_of
 from tandem.gateway.stored.recorder import LONGEST_ID, Recorder
 from tandem.gateway.stored.recording import AnswerLabels, Recording
 from tandem.gateway.work.calls import WorkCalls
+from tandem.ids import fingerprint
 from tandem.registry import RegistryAddress
 from tandem.stored.conversation import continued_input
 from tandem.stored.records import AnswerKind, Chain, StoredAnswer
@@ -47,6 +49,8 @@ class StoredRequest:
     """Set: the input of the engine, which goes on from stored responses."""
     num_bytes: int = 0
     """Bytes of these responses, with their requests."""
+    repeated: StoredAnswer | None = None
+    """Set: the answer that a request with the same idempotency key got before, which is given again."""
 
 
 class StoredAnswerService:
@@ -65,20 +69,32 @@ class StoredAnswerService:
         self.calls.close()
         self.store.close()
 
-    async def prepare(self, path: str, body: dict[str, Any], principal: Principal) -> StoredRequest:
+    async def prepare(
+        self, path: str, body: dict[str, Any], principal: Principal, idempotency_key: str | None
+    ) -> StoredRequest:
         """Read and remove `store` and `previous_response_id` of a body, which is not changed otherwise.
 
-        ApiError 400 for values that cannot be, and for a response that is not stored or a conversation that is too long.
+        ApiError 400 for values that cannot be, and for a response that is not stored or a conversation that is too long; 409 for
+        an idempotency key that was sent with another body. The key counts for requests whose answers are stored.
         """
         kind, tenant = KINDS[path], tenant_of(principal)
-        store, previous_id = body.pop("store", None), None
+        store, previous_id = body.get("store"), None
         if store is not None and not isinstance(store, bool):
             raise ApiError(400, f"`store` is of type {type(store).__name__}; it must be true or false.", param="store")
+        is_stored = self.config.enabled and (self.config.default if store is None else store)
+        key = fingerprint(idempotency_key) if is_stored else None
+        if key is not None:
+            await self.written(tenant)
+            repeated = await self.calls(self._answer_of_key, tenant, kind, key, body)
+            # A stream cannot be given again. Its new answer replaces the stored one.
+            if repeated is not None and not body.get("stream"):
+                return StoredRequest(labels=None, repeated=repeated)
+        body.pop("store", None)
         conversation, num_bytes = None, 0
         if kind is AnswerKind.RESPONSE and (previous_id := body.pop("previous_response_id", None)):
             chain = await self._chain(tenant, previous_id)
             conversation, num_bytes = continued_input(chain.answers, body.get("input")), chain.raw_bytes
-        if not self.config.enabled or not (self.config.default if store is None else store):
+        if not is_stored:
             return StoredRequest(labels=None, conversation=conversation, num_bytes=num_bytes)
         labels = AnswerLabels(
             kind=kind,
@@ -87,6 +103,7 @@ class StoredAnswerService:
             model=body["model"],
             metadata=checked_metadata(body.get("metadata")),
             previous_id=previous_id or None,
+            idempotency_key=key,
         )
         return StoredRequest(labels=labels, conversation=conversation, num_bytes=num_bytes)
 
@@ -114,6 +131,16 @@ class StoredAnswerService:
         while self.recorder.awaits_write(tenant) and waited_s < RECENT_S:
             await asyncio.sleep(FIRST_POLL_S)
             waited_s += FIRST_POLL_S
+
+    def _answer_of_key(self, tenant: str, kind: AnswerKind, key: str, body: dict[str, Any]) -> StoredAnswer | None:
+        """The stored answer to a request with an idempotency key; IdempotencyConflictError if it had another body."""
+        found = self.store.of_key(tenant, kind, key)
+        if found is not None and found.request != body:
+            raise IdempotencyConflictError(
+                f"The idempotency key was sent before, with another request, whose answer is {found.id}. Send this one with "
+                "a new key."
+            )
+        return found
 
     async def _chain(self, tenant: str, previous_id: Any) -> Chain:
         """A stored response that a request goes on from, with those before it; ApiError 400 if it cannot."""
