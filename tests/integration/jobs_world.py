@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 from gateway_world import World, running
@@ -67,7 +68,7 @@ class JobsWorld:
 
 
 @contextlib.asynccontextmanager
-async def jobs_world(tmp_path: Path) -> AsyncIterator[JobsWorld]:
+async def jobs_world(tmp_path: Path, **options: Any) -> AsyncIterator[JobsWorld]:
     keys = KeyStore.at(Registry(f"sqlite:///{tmp_path}/tandem.db").address)
     secrets = {
         name: keys.create(name, tenant=tenant, role=role, by="test").secret
@@ -78,7 +79,7 @@ async def jobs_world(tmp_path: Path) -> AsyncIterator[JobsWorld]:
     }  # fmt: skip
     logs = ClusterLogs()
     config = FilesConfig(location=str(tmp_path / "files"))
-    async with running(tmp_path, files=config, run_logs=lambda: logs) as world:
+    async with running(tmp_path, files=config, run_logs=lambda: logs, **options) as world:
         store = JobStore.at(world.registry.address)
         yield JobsWorld(world, str(world.http.base_url).rstrip("/"), secrets, store, logs)
         store.close()

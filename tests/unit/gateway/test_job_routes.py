@@ -89,6 +89,31 @@ async def test_a_change_needs_the_role_trainer_and_a_state_that_allows_it(jobs: 
     assert await change("admin", "requeue") == (200, "queued")
 
 
+async def test_a_tenant_has_so_many_streams_open_and_another_takes_the_place_of_one_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    async with jobs_world(tmp_path, max_job_streams=2) as jobs, jobs.http("user") as http, jobs.http("other") as others:
+        job, theirs = jobs.submit(), jobs.submit(tenant="other")
+        path = f"/v1/tandem/jobs/{job}/events?stream=true"
+        async with http.stream("GET", path) as first, http.stream("GET", path) as second:
+            # Both are kept: one that is dropped ends its response.
+            lines = [each.aiter_lines() for each in (first, second)]
+            assert [await anext(each) for each in lines] == [": stream", ": stream"]
+            refused = await http.get(path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+            assert int(refused.headers["retry-after"]) >= 5
+            assert (await http.get(f"/v1/tandem/jobs/{job}/events")).status_code == 200
+            async with others.stream("GET", f"/v1/tandem/jobs/{theirs}/events?stream=true") as stream:
+                assert stream.status_code == 200
+        async with asyncio.timeout(20):
+            while True:
+                async with http.stream("GET", path) as stream:
+                    if stream.status_code == 200:
+                        break
+                await asyncio.sleep(0.05)
+
+
 async def test_changes_of_jobs_count_as_requests_and_a_tenant_that_is_shut_off_makes_none(jobs: JobsWorld) -> None:
     keys = KeyStore.at(jobs.world.registry.address)
     for name, most in (("few", 2), ("off", 0)):

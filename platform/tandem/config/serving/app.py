@@ -152,6 +152,8 @@ class GatewayConfig:
     fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
     batches: BatchesConfig = field(default_factory=BatchesConfig)
     stored: StoredConfig = field(default_factory=StoredConfig)
+    max_job_streams: int = 100
+    """Streams of events and logs of jobs that one tenant may have open at one gateway; others get 429 with Retry-After."""
     webhooks: tuple[WebhookConfig, ...] = ()
     """Endpoints that are told when fine-tuning jobs and batches end."""
     allow: tuple[str, ...] = ()
@@ -194,6 +196,7 @@ class GatewayConfig:
             check.between(f"gateway.{key}", getattr(self, key), 0.1, MAX_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.max_held_bytes", self.max_held_bytes, self.max_body_bytes)
+        check.at_least("gateway.max_job_streams", self.max_job_streams, 1)
         check.at_least("gateway.quarantine_s", self.quarantine_s, 0.0)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
         check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.api.openai.fine_tuning import (
@@ -22,6 +22,7 @@ from tandem.gateway.identity.authentication import principal_of, tenant_of
 from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.requests.query import metadata_pairs, page_limit
 from tandem.gateway.work.calls import WorkCalls, check_trainer, once_of, read_model
+from tandem.gateway.work.streams import EventStream, OpenStreams
 from tandem.jobs.fine_tuning.service import Base, FineTuningService
 from tandem.jobs.work.states import Action
 
@@ -44,12 +45,18 @@ class FineTuningRoutes:
     """The route handlers."""
 
     def __init__(
-        self, service: FineTuningService, catalog: Catalog, calls: WorkCalls, platform: FineTuningConfig
+        self,
+        service: FineTuningService,
+        catalog: Catalog,
+        calls: WorkCalls,
+        platform: FineTuningConfig,
+        streams: OpenStreams,
     ) -> None:
         self._service = service
         self._catalog = catalog
         self._calls = calls
         self._platform = platform
+        self._streams = streams
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
@@ -134,7 +141,7 @@ class FineTuningRoutes:
         target = self._target(request)
         events = await self._calls(self._service.events, *target)
         if request.query_params.get("stream", "").lower() in ("true", "1"):
-            return StreamingResponse(self._stream(target, events), media_type="text/event-stream")
+            return EventStream(self._stream(target, events), self._streams, target[1])
         data, has_more = _page(events[::-1], request, default=20)
         return JSONResponse(FineTuningEventList(data=data, has_more=has_more).model_dump())
 

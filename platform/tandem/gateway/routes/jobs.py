@@ -17,7 +17,7 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.identity.authentication import principal_of
 from tandem.gateway.requests.query import page_limit, query_number
 from tandem.gateway.work.calls import WorkCalls, check_trainer
-from tandem.gateway.work.streams import LineStream, wants_lines, wants_stream
+from tandem.gateway.work.streams import LineStream, OpenStreams, wants_lines, wants_stream
 from tandem.jobs.tracking.service import JobTracking
 from tandem.jobs.work.states import JobKind, State
 
@@ -32,11 +32,12 @@ E = TypeVar("E", bound=StrEnum)
 class JobRoutes:
     """The route handlers. A key sees jobs of its tenant, an admin's those of all, as does everybody in an app without keys."""
 
-    def __init__(self, tracking: JobTracking, calls: WorkCalls, log_calls: WorkCalls) -> None:
+    def __init__(self, tracking: JobTracking, calls: WorkCalls, log_calls: WorkCalls, streams: OpenStreams) -> None:
         """`log_calls`: the threads that ask a cluster for logs."""
         self._tracking = tracking
         self._calls = calls
         self._log_calls = log_calls
+        self._streams = streams
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
@@ -84,7 +85,7 @@ class JobRoutes:
         if wants_stream(request) or wants_lines(request):
             after = after or request.headers.get("last-event-id")
             feed = await self._calls(self._tracking.event_feed, *target, after)
-            return await LineStream(feed, self._calls, lambda event: event.id).response(request)
+            return await LineStream(feed, self._calls, self._streams, lambda event: event.id).response(request)
         return json_of(
             await self._calls(self._tracking.events, *target, after=after, limit=page_limit(request, 100, 1000))
         )
@@ -95,7 +96,8 @@ class JobRoutes:
         if wants_stream(request) and line is None and (last := request.headers.get("last-event-id")):
             attempt, line = _line_after(last)
         feed = await self._calls(self._tracking.log_feed, *_target(request), attempt=attempt, line=line or 1)
-        return await LineStream(feed, self._log_calls, lambda each: f"{each.attempt}.{each.line}").response(request)
+        lines = LineStream(feed, self._log_calls, self._streams, lambda each: f"{each.attempt}.{each.line}")
+        return await lines.response(request)
 
     async def metrics(self, request: Request) -> Response:
         """Metric series of a training job; `name` may be repeated."""

@@ -28,6 +28,7 @@ from tandem.gateway.work.batch_worker import BatchWorker
 from tandem.gateway.work.callers import Callers, PoolLoads
 from tandem.gateway.work.calls import WorkCalls
 from tandem.gateway.work.model_answers import ModelAnswers
+from tandem.gateway.work.streams import OpenStreams
 from tandem.gateway.work.webhooks import WebhookSender
 from tandem.jobs.batches.model_checks import ModelChecks
 from tandem.jobs.batches.service import BatchService
@@ -91,10 +92,11 @@ class Work:
         batches = BatchService(self._store, self._queue, self._files, self._config.batches)
         fine_tuning = FineTuningService(self._store, self._files, self._config.fine_tuning)
         tracking = JobTracking(self._store, self._queue_state, self._files, self._run_logs)
+        streams = OpenStreams(self._config.max_job_streams, self._config.retry_after_s)
         routes = [
             *BatchRoutes(batches, self._calls, self._config.batches).routes(),
-            *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning).routes(),
-            *JobRoutes(tracking, self._calls, self._log_calls).routes(),
+            *FineTuningRoutes(fine_tuning, self._catalog, self._calls, self._config.fine_tuning, streams).routes(),
+            *JobRoutes(tracking, self._calls, self._log_calls, streams).routes(),
             *ConsumptionRoutes(self._usage, self._capacity, self._calls).routes(),
         ]
         return [counted(route, self._accounting) for route in routes]

@@ -6,15 +6,19 @@ An event of a stream has an id; a client that reconnects sends it as `Last-Event
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tandem.gateway.errors import ApiError
+from tandem.gateway.identity.authentication import principal_of, tenant_of
 from tandem.gateway.work.calls import WorkCalls
 from tandem.jobs.tracking.feeds import Chunk, Feed
 
@@ -38,21 +42,64 @@ def wants_lines(request: Request) -> bool:
     return LINES_TYPE in request.headers.get("accept", "")
 
 
+class OpenStreams:
+    """The streams of one gateway that wait for something new of a job; each asks the database again and again."""
+
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        """`limit`: streams of one tenant (`gateway.max_job_streams`)."""
+        self._limit = limit
+        self._retry_after_s = retry_after_s
+        self._open: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def counted(self, tenant: str) -> Iterator[None]:
+        """One more stream of a tenant is open within the block; ApiError 429 if the tenant has as many as it may."""
+        if self._open[tenant] >= self._limit:
+            raise ApiError(
+                429,
+                f"{self._limit} streams of jobs are open at this gateway, the most of one tenant (gateway.max_job_streams). End "
+                "some, or ask without `stream`.",
+                code="too_many_streams",
+                headers={"Retry-After": str(self._retry_after_s)},
+            )
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a job; an open stream of its tenant for as long as it is sent."""
+
+    def __init__(self, events: AsyncIterator[bytes], streams: OpenStreams, tenant: str) -> None:
+        super().__init__(events, media_type=STREAM_TYPE, headers={"Cache-Control": "no-store"})
+        self._streams = streams
+        self._tenant = tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        with self._streams.counted(self._tenant):
+            await super().__call__(scope, receive, send)
+
+
 class LineStream(Generic[M]):
     """One feed on its way to a client."""
 
-    def __init__(self, feed: Feed[M], calls: WorkCalls, id_of: Callable[[M], str]) -> None:
+    def __init__(self, feed: Feed[M], calls: WorkCalls, streams: OpenStreams, id_of: Callable[[M], str]) -> None:
         self._feed = feed
         self._calls = calls
+        self._streams = streams
         self._id_of = id_of
 
     async def response(self, request: Request) -> Response:
         """The response; ApiError where the feed cannot be read at all."""
         first = await self._calls(self._feed.next)
-        headers = {"Cache-Control": "no-store"}
         if wants_stream(request):
-            return StreamingResponse(self._events(first), media_type=STREAM_TYPE, headers=headers)
-        return StreamingResponse(self._lines(first), media_type=LINES_TYPE, headers=headers)
+            return EventStream(self._events(first), self._streams, tenant_of(principal_of(request.scope)))
+        return StreamingResponse(self._lines(first), media_type=LINES_TYPE, headers={"Cache-Control": "no-store"})
 
     async def _lines(self, chunk: Chunk[M]) -> AsyncIterator[bytes]:
         yield "".join(f"{item.model_dump_json()}\n" for item in chunk.items).encode()
