@@ -93,7 +93,7 @@ def test_events_come_in_pages_and_as_a_stream(served: Served, training_file: str
     with client.with_options(timeout=30)._client.stream(
         "GET", f"{served.url}/v1/fine_tuning/jobs/{job.id}/events", params={"stream": "true"}
     ) as stream:
-        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     assert [json.loads(line)["id"] for line in lines[:-1]] == [event.id for event in reversed(events)]
 

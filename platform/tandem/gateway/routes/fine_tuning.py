@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from starlette.requests import Request
@@ -13,7 +12,6 @@ from starlette.routing import BaseRoute, Route
 from tandem.api.openai.fine_tuning import (
     FineTuningCheckpointList,
     FineTuningCreation,
-    FineTuningEvent,
     FineTuningEventList,
 )
 from tandem.config.serving.fine_tuning import FineTuningConfig
@@ -22,14 +20,11 @@ from tandem.gateway.identity.authentication import principal_of, tenant_of
 from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.requests.query import metadata_pairs, page_limit
 from tandem.gateway.work.calls import WorkCalls, check_trainer, once_of, read_model
-from tandem.gateway.work.streams import EventStream, OpenStreams
+from tandem.gateway.work.streams import LineStream, OpenStreams
 from tandem.jobs.fine_tuning.service import Base, FineTuningService
 from tandem.jobs.work.states import Action
 
 PATH = "/v1/fine_tuning/jobs"
-STREAM_POLL_S = 1.0
-"""Seconds between two looks for new events of a stream."""
-ENDED = ("succeeded", "failed", "cancelled")
 
 
 class Identified(Protocol):
@@ -139,26 +134,12 @@ class FineTuningRoutes:
     async def events(self, request: Request) -> Response:
         """Events of a job, newest first; with `stream=true` as server-sent events from the oldest on, until the job ends."""
         target = self._target(request)
-        events = await self._calls(self._service.events, *target)
         if request.query_params.get("stream", "").lower() in ("true", "1"):
-            return EventStream(self._stream(target, events), self._streams, target[1])
+            feed = await self._calls(self._service.event_feed, *target)
+            return await LineStream(feed, self._calls, self._streams, lambda event: event.id).response(request)
+        events = await self._calls(self._service.events, *target)
         data, has_more = _page(events[::-1], request, default=20)
         return JSONResponse(FineTuningEventList(data=data, has_more=has_more).model_dump())
-
-    async def _stream(self, target: tuple[str, str], events: Sequence[FineTuningEvent]) -> AsyncIterator[bytes]:
-        sent: set[str] = set()
-        while True:
-            # Before the events: what is written at the job's end is then among them.
-            job = await self._calls(self._service.get, *target)
-            for event in events:
-                if event.id not in sent:
-                    sent.add(event.id)
-                    yield f"data: {event.model_dump_json()}\n\n".encode()
-            if job.status in ENDED and sent.issuperset(event.id for event in events):
-                break
-            await asyncio.sleep(STREAM_POLL_S)
-            events = await self._calls(self._service.events, *target)
-        yield b"data: [DONE]\n\n"
 
     async def checkpoints(self, request: Request) -> Response:
         """Checkpoints of a job that can be called as models, newest first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tandem.api.openai import fine_tuning as wire
@@ -14,6 +15,8 @@ from tandem.errors import FileError, JobError, UnknownFileError, UnknownJobError
 from tandem.files.records import FileRecord, FileStatus, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.file_jobs import submit_with_files
+from tandem.jobs.fine_tuning.feed import FineTuningFeed
+from tandem.jobs.fine_tuning.progress import ProgressReader, RunProgress
 from tandem.jobs.fine_tuning.reports import checkpoints
 from tandem.jobs.fine_tuning.stored import RUNNER, SLURM_RUNNER, TYPE, hyperparameters_of, is_fine_tuning
 from tandem.jobs.fine_tuning.view import PREFIX, checkpoint_to_wire, events_to_wire, job_to_wire
@@ -44,6 +47,7 @@ class FineTuningService:
         self._store = store
         self._files = files
         self._platform = platform
+        self._progress = ProgressReader()
 
     # ---- requests ----
 
@@ -112,6 +116,11 @@ class FineTuningService:
         job = self._find(job_id, tenant)
         return events_to_wire(job, self._training_events(job))
 
+    def event_feed(self, job_id: str, tenant: str | None) -> FineTuningFeed:
+        """The events of a job until it ends."""
+        job = self._find(job_id, tenant)
+        return FineTuningFeed(self._store, job, _journal(job))
+
     def checkpoints(self, job_id: str, tenant: str | None) -> list[wire.FineTuningCheckpoint]:
         """The checkpoints that can be called as models, newest first."""
         job = self._find(job_id, tenant)
@@ -176,10 +185,14 @@ class FineTuningService:
         return from_dict(FineTuningConfig, job.spec["platform"])
 
     def _training_events(self, job: Job) -> list[Event]:
-        return Journal(settings().jobs_dir / job.id / "events.jsonl").read()
+        return Journal(_journal(job)).read()
 
     def _to_wire(self, job: Job) -> wire.FineTuningJob:
-        return job_to_wire(job, self._training_events(job) if job.started_at is not None else [])
+        return job_to_wire(job, RunProgress() if job.started_at is None else self._progress.read(_journal(job)))
+
+
+def _journal(job: Job) -> Path:
+    return settings().jobs_dir / job.id / "events.jsonl"
 
 
 def _has(job: Job, metadata: Mapping[str, str]) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.api.openai import fine_tuning as wire
-from tandem.jobs.fine_tuning.reports import Level, RegisteredCheckpoint, Report, reports
+from tandem.jobs.fine_tuning.progress import RunProgress
+from tandem.jobs.fine_tuning.reports import RegisteredCheckpoint, Report, reports
 from tandem.jobs.fine_tuning.spec import Method
 from tandem.jobs.fine_tuning.stored import hyperparameters_of, spec_of
 from tandem.jobs.work.records import Job
 from tandem.jobs.work.states import State
-from tandem.observability.events import Event, FineTuningPlanned, Step
+from tandem.observability.events import Event, FineTuningPlanned
 
 PREFIX = "ftjob-"
 STATUSES: Mapping[State, wire.Status] = {
@@ -32,10 +33,10 @@ STATUSES: Mapping[State, wire.Status] = {
 """Status by the state of a job, but for one that runs."""
 
 
-def job_to_wire(job: Job, events: list[Event]) -> wire.FineTuningJob:
-    """A job; `events`: those of its training so far."""
+def job_to_wire(job: Job, progress: RunProgress) -> wire.FineTuningJob:
+    """A job; `progress`: that of its training."""
     creation, spec = wire.FineTuningCreation.model_validate(job.spec["request"]), spec_of(job)
-    planned = next((event for event in reversed(events) if isinstance(event, FineTuningPlanned)), None)
+    planned = progress.planned
     status = STATUSES.get(job.state) or ("running" if planned else "validating_files")
     hyperparameters = _chosen(creation, planned)
     failed = status == "failed"
@@ -59,7 +60,7 @@ def job_to_wire(job: Job, events: list[Event]) -> wire.FineTuningJob:
         trained_tokens=(job.result or {}).get("tokens") if status == "succeeded" else None,
         training_file=creation.training_file,
         validation_file=creation.validation_file,
-        estimated_finish=_estimated_finish(events) if status == "running" else None,
+        estimated_finish=_estimated_finish(progress) if status == "running" else None,
         integrations=creation.integrations or [],
         metadata=creation.metadata,
     )
@@ -67,19 +68,34 @@ def job_to_wire(job: Job, events: list[Event]) -> wire.FineTuningJob:
 
 def events_to_wire(job: Job, training: Sequence[Event]) -> list[wire.FineTuningEvent]:
     """All events of a job so far, oldest first; `training`: those of its training."""
-    told = [_report(-2, job.created_at.timestamp(), "info", f"Created fine-tuning job: {job.id}")]
+    told = [creation_report(job)]
     if job.started_at is not None:
-        told.append(_report(-1, job.started_at.timestamp(), "info", "Validating the files."))
+        told.append(start_report(job))
     told += reports(training)
-    if job.ended_at is not None and job.state is not State.FINISHED:
-        cancelled = job.state is State.CANCELLED
-        message = "The job was cancelled." if cancelled else _error(job)
-        told.append(_report(len(training), job.ended_at.timestamp(), "info" if cancelled else "error", message))
-    return [_event_to_wire(job, report) for report in told]
+    if (end := end_report(job, len(training))) is not None:
+        told.append(end)
+    return [report_to_wire(job, report) for report in told]
 
 
-def _report(number: int, at: float, level: Level, message: str) -> Report:
-    return Report(number=number, at=at, level=level, message=message)
+def creation_report(job: Job) -> Report:
+    """The first event of a job."""
+    return Report(number=-2, at=job.created_at.timestamp(), level="info", message=f"Created fine-tuning job: {job.id}")
+
+
+def start_report(job: Job) -> Report:
+    """The event of a job's start."""
+    started_at = job.started_at or job.created_at
+    return Report(number=-1, at=started_at.timestamp(), level="info", message="Validating the files.")
+
+
+def end_report(job: Job, num_events: int) -> Report | None:
+    """The last event of a job that has ended otherwise than by success, of whose training there are `num_events`; else None."""
+    if job.ended_at is None or job.state is State.FINISHED:
+        return None
+    at = job.ended_at.timestamp()
+    if job.state is State.CANCELLED:
+        return Report(number=num_events, at=at, level="info", message="The job was cancelled.")
+    return Report(number=num_events, at=at, level="error", message=_error(job))
 
 
 def checkpoint_to_wire(job: Job, checkpoint: RegisteredCheckpoint) -> wire.FineTuningCheckpoint:
@@ -118,17 +134,17 @@ def _error(job: Job) -> str:
     return job.error or job.reason or f"The job ended as {job.state.value}."
 
 
-def _estimated_finish(events: list[Event]) -> int | None:
+def _estimated_finish(progress: RunProgress) -> int | None:
     """When the last step is done at the pace of the steps so far, in seconds since 1970."""
-    steps = [event for event in events if isinstance(event, Step) and event.time is not None]
-    if len(steps) < 2 or steps[-1].step <= steps[0].step:
+    first, last = progress.first_step, progress.last_step
+    if first is None or last is None or last.step <= first.step:
         return None
-    first, last = steps[0], steps[-1]
     pace_s = ((last.time or 0.0) - (first.time or 0.0)) / (last.step - first.step)
     return int((last.time or 0.0) + pace_s * (last.steps - last.step))
 
 
-def _event_to_wire(job: Job, report: Report) -> wire.FineTuningEvent:
+def report_to_wire(job: Job, report: Report) -> wire.FineTuningEvent:
+    """An event."""
     # Numbers from 1 on: the two before the training's own are 0 and 1.
     return wire.FineTuningEvent(
         id=f"ftevent-{job.id.removeprefix(PREFIX)}-{report.number + 2:08d}",
