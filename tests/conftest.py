@@ -69,12 +69,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 INDEPENDENT = frozenset(
     f"tests/integration/test_{name}.py"
     for name in (
-        "adapter_sources", "batch_s3", "checkpoint_s3", "cluster", "container_start", "deepspeed", "engines", "exports_s3",
-        "killed_saves", "node_health", "objectives_world", "parity", "private_files", "quickstart", "resume_layouts",
-        "serve_config", "serve_tls", "sharded_import", "train_world",
+        "adapter_sources", "batch_s3", "checkpoint_s3", "cluster", "container_start", "data_s3", "deepspeed", "docs", "engines",
+        "exports_s3", "failed_start", "killed_saves", "kubernetes_pod", "model_sources", "node_health", "objectives_world",
+        "parity", "private_files", "quickstart", "resume_layouts", "serve_commands", "serve_config", "serve_drain", "serve_tls",
+        "sharded_import", "train_world",
     )
 )  # fmt: skip
 """Integration tests that start all they need themselves. The others share a Ray cluster, an app and an engine."""
+ON_HOSTS = frozenset(
+    f"tests/integration/test_{name}.py" for name in ("node_failures", "ray_up", "slurm", "slurm_runner", "two_nodes")
+)
+"""Likewise, one after another: their hosts are network namespaces with the same addresses."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,6 +90,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
+            if file in ON_HOSTS:
+                return "hosts"
             return "shared" if file.startswith("tests/integration/") and file not in INDEPENDENT else file
 
     return ByServers(config, log)
