@@ -28,7 +28,8 @@ from tandem.registry import Registry
 APP = "shared"
 TIMEOUT_S = 400.0
 WORDS = "one two three four five six seven eight nine ten"
-# Some tenths of a second for each step: the run is still there when the burst is over.
+STEPS = 1200
+"""Two minutes or more: the run has not ended when the burst is over and its worker is back."""
 MODEL = {
     "hidden_size": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 256, "max_length": 64,
 }  # fmt: skip
@@ -84,14 +85,15 @@ def ready_replicas(url: str) -> int:
     return int(httpx.get(f"{url}/health").json()["ready_replicas"]["echo"])
 
 
-@pytest.mark.slow  # two training runs of a minute or more, and an app that scales
+@pytest.mark.slow  # two training runs of minutes, and an app that scales
+@pytest.mark.timeout(1500)
 def test_a_burst_of_traffic_takes_a_worker_of_an_elastic_run_which_gets_it_back(
     url: str, session_home: Path, data: Path, cpus: float, ray_cluster: LocalCluster
 ) -> None:
     run: dict[str, Any] = {
         "data": {"path": str(data), "sequence_length": 32},
         "model": MODEL,
-        "steps": 400,
+        "steps": STEPS,
         "batch_size": 16,
         "checkpoint": {"every_steps": 50},
     }

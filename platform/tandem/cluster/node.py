@@ -24,7 +24,7 @@ import psutil
 
 from tandem import settings as environment
 from tandem.cluster import haproxy
-from tandem.cluster.local import authentication
+from tandem.cluster.local import LOOPBACK, authentication
 from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
 from tandem.cluster.node_checks import (
     check_address,
@@ -111,6 +111,9 @@ def start(arguments: Sequence[str], *, slot: int | None = None) -> None:
         require_token()
         check_address(address)
     check_filled_in()
+    for name, value in LOOPBACK.items():
+        # From a process that had a local cluster. With it, Ray lets no other node in.
+        environment.forget(name, value)
     if restart and address is None:
         check_durable()
     node = RunningNode(mark=secrets.token_hex(8), arguments=tuple(arguments), restart=restart, slot=slot)

@@ -90,14 +90,18 @@ def _run_worker(folder: JobFolder) -> int:
         return 0
     deadline = time.monotonic() + JOIN_S
     words = [f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)]
+    said = ""
     with _slot(submission) as slot:
         while True:
             try:
                 node.start(words, slot=slot)
                 break
-            except ClusterError:
+            except ClusterError as error:
                 if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
                     raise
+                if str(error) != said:
+                    said = str(error)
+                    print(f"This node could not join the job's first one, and tries again: {said}", file=sys.stderr)
                 time.sleep(START_AGAIN_S)
         try:
             while not cancelled.is_set() and not _has_ended(folder, run):

@@ -13,6 +13,7 @@ import pytest
 
 from tandem.cluster import node
 from tandem.cluster.health.cordons import Cordon, remove_cordon, write_cordon
+from tandem.cluster.local import LOOPBACK
 from tandem.cluster.marks import marked_processes
 from tandem.cluster.ports import free_ports
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
@@ -164,6 +165,19 @@ def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, 
     with pytest.raises(ClusterError, match="ended with status 1. Ray said:\nno such head"):
         node.start(["--head", "fail"])
     assert recorded_mark() is None
+
+
+def test_a_node_that_a_process_with_a_local_cluster_starts_lets_other_nodes_in(
+    folder: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (only_this_machine,) = LOOPBACK.items()
+    monkeypatch.setenv(*only_this_machine)
+    node.start(["--head"])
+    assert only_this_machine[0] not in os.environ
+    assert processes_of(recorded_mark(), 1)
+    (raylet,) = marked_processes(str(recorded_mark()))
+    assert only_this_machine[0] not in raylet.environ()
+    node.stop()
 
 
 def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(
