@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,9 @@ async def stream(client: httpx.AsyncClient, tokens: int) -> Stream:
     """Read an answer to its end."""
     seen, last_at = Stream(), time.monotonic()
     try:
-        async with client.stream("POST", "/v1/completions", json=request(tokens, stream=True)) as answer:
+        # Prompts of their own: those with the same beginning go to the same replica.
+        prompt = f"{uuid.uuid4().hex} " * tokens
+        async with client.stream("POST", "/v1/completions", json=request(tokens, stream=True, prompt=prompt)) as answer:
             seen.replica, seen.gateway = answer.headers["x-tandem-replica"], answer.headers["x-tandem-gateway"]
             async for line in answer.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":

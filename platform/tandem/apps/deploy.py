@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
+from tandem.apps.cluster_view import serve_details
 from tandem.apps.plan import AppPlan
 from tandem.cluster.capacity import check_nodes
 from tandem.cluster.health.cordons import placeable_resources
@@ -93,8 +94,8 @@ def check_files(planned: AppPlan) -> None:
 
 
 def _save_config(config: ServeConfig) -> None:
-    record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
-    cluster_store.put(_key(config.app), json.dumps(record).encode())
+    deployment = deployment_of(serve_details(), config.app)
+    cluster_store.put(_key(config.app), json.dumps({**deployment, "config": to_dict(config)}).encode())
 
 
 def saved_config(app: str) -> ServeConfig | None:
@@ -104,9 +105,32 @@ def saved_config(app: str) -> ServeConfig | None:
     """
     value = cluster_store.get(_key(app))
     record = json.loads(value) if value else {}
-    if not record or record["deployed_at"] != _details(app).get("last_deployed_time_s"):
+    if not record or not is_same_deployment(record, deployment_of(serve_details(), app)):
         return None
     return from_dict(ServeConfig, record["config"])
+
+
+def deployment_of(details: Mapping[str, Any], app: str) -> dict[str, Any]:
+    """What tells an app's last change from others. `details`: Serve's, of all apps."""
+    application = (details.get("applications") or {}).get(app, {})
+    return {
+        "deployed_at": application.get("last_deployed_time_s"),
+        "source": application.get("source"),
+        "controller": (details.get("controller_info") or {}).get("worker_id"),
+    }
+
+
+def is_same_deployment(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an app has not been changed since. Pure: `deployment_of`, then and now.
+
+    A controller that has restarted gives every app a new time; then only a change by Ray's `serve deploy` is noticed.
+    """
+    if saved["deployed_at"] == now["deployed_at"]:
+        return True
+    has_restarted = (
+        None not in (saved.get("controller"), now["controller"]) and saved["controller"] != now["controller"]
+    )
+    return has_restarted and saved["source"] == now["source"] == "imperative"
 
 
 def _key(app: str) -> str:
