@@ -1,4 +1,4 @@
-"""Ends of asyncio tasks."""
+"""Cancellation of asyncio tasks."""
 
 from __future__ import annotations
 

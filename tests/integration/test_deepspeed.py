@@ -117,7 +117,7 @@ def test_another_strategy_resumes_from_a_checkpoint(worlds: Worlds, case: str):
     alike(worlds.of(case), worlds.alone("plain"), 1e-5)
 
 
-@pytest.mark.slow  # as `each` says
+@pytest.mark.slow  # a world of two processes more
 def test_another_stage_resumes_from_a_checkpoint(worlds: Worlds):
     alike(worlds.of("zero 1 offloaded to zero 3"), worlds.alone("plain"), 1e-5)
 

@@ -29,6 +29,7 @@ def row() -> Callable[[Any], dict[str, Any]]:
 @pytest.mark.parametrize(
     "case",
     [
+        # Slow: each starts up to eight processes; the first layout of each kind is not.
         pytest.param(case, id=f"{case.workers}-{case.name}", marks=[] if case.first else [pytest.mark.slow])
         for case in parity.CASES
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +73,19 @@ def test_a_model_sleeps_wakes_grows_and_sleeps_again(url: str) -> None:
     assert [card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]] == ["echo"]
     assert ask(url) == WORDS
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, url) for _ in range(8)]
-        wait_for(url, 2)
-        assert [answer.result() for answer in asked] == [WORDS] * 8
+        over = threading.Event()
+
+        def ask_on() -> set[str]:
+            found = set()
+            while not over.is_set():
+                found.add(ask(url))
+            return found
+
+        asking = [pool.submit(ask_on) for _ in range(8)]
+        try:
+            wait_for(url, 2)
+        finally:
+            over.set()
+        assert [each.result() for each in asking] == [{WORDS}] * 8
     wait_for(url, 0)
     assert ask(url) == WORDS

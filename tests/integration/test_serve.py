@@ -112,7 +112,9 @@ def test_more_adapters_than_slots_take_turns(served: Served) -> None:
         jobs = list(expected) * 3
         assert list(pool.map(lambda name: tokens(served, name, PROMPTS[1]), jobs)) == [expected[n] for n in jobs]
     # It tells its slots with each beat.
-    time.sleep(2.5)
+    deadline = time.monotonic() + 30
+    while len(served.replicas()[0].slots) != 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert len(served.replicas()[0].slots) == 2 and set(served.replicas()[0].adapters) >= {"red@1", "blue@1"}
     registry.remove("third")
 

@@ -23,7 +23,10 @@ from tandem.jobs.work.records import Job, JobSubmission
 from tandem.jobs.work.rows import job_values, to_job
 from tandem.jobs.work.states import JobKind
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,  # a Slurm cluster on two hosts, and jobs that wait in its queue
+    pytest.mark.timeout(900),
+]
 
 NODE = """\
 #!/bin/sh

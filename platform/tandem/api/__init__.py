@@ -1,1 +1,1 @@
-"""Fields of requests by route, shared by gateway and batch. vLLM parses the bodies themselves."""
+"""Wire models of the JSON routes, and checks of the fields of model requests. vLLM parses the bodies of these itself."""

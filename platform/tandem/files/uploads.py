@@ -104,7 +104,7 @@ class UploadStore(FileStore):
                     UploadPartRow.upload_id == part.upload_id
                 )
             ).one()
-            check_room(upload, part.size_bytes, int(sent_bytes), num_parts)
+            check_capacity(upload, part.size_bytes, int(sent_bytes), num_parts)
             take_bytes(session, tenant, part.size_bytes, quota_bytes)
             session.add(
                 UploadPartRow(
@@ -202,7 +202,7 @@ class UploadStore(FileStore):
             raise _ended_error(record, action)
 
 
-def check_room(upload: UploadRecord, size_bytes: int, sent_bytes: int, num_parts: int) -> None:
+def check_capacity(upload: UploadRecord, size_bytes: int, sent_bytes: int, num_parts: int) -> None:
     """FileError if a part does not fit into an upload that has `sent_bytes` in `num_parts`."""
     if sent_bytes + size_bytes > upload.size_bytes:
         raise FileError(

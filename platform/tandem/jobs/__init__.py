@@ -1,1 +1,1 @@
-"""Training jobs and sweeps: checked, submitted to Ray, followed, and summarized from their events."""
+"""Durable work of every kind: states, store, dispatcher, scheduler and runners; training jobs and sweeps."""

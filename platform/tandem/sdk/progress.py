@@ -62,7 +62,7 @@ class JobView:
         self._title = title
         self._task: TaskID | None = None
         self._announced = 0
-        self._pace = Pace()
+        self._eta = EtaEstimator()
 
     def __enter__(self) -> JobView:
         self._progress.start()
@@ -99,7 +99,7 @@ class JobView:
                 self._progress.update(self._task, total=event.steps or None, completed=event.resumed_from or 0)
             case Step():
                 numbers = described(event)
-                remaining_s = self._pace.remaining_s(event)
+                remaining_s = self._eta.remaining_s(event)
                 self._progress.update(
                     self._task,
                     completed=event.step,
@@ -133,7 +133,7 @@ class _Bar(Progress):
                 yield line
 
 
-class Pace:
+class EtaEstimator:
     """Reckons the time to finish from a job's own clock, which is right also when its log is read late."""
 
     def __init__(self) -> None:

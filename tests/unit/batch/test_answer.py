@@ -78,7 +78,8 @@ def test_pieces_share_one_window_so_that_the_engine_never_drains_between_them(
     watcher = threading.Thread(target=watch)
     for thread in chunks:
         thread.start()
-    time.sleep(0.02)
+    while not engine.stats().running:
+        time.sleep(0.001)
     watcher.start()
     # All but the last rows: then there is nothing left to fill the window with.
     chunks[0].join(timeout=10)

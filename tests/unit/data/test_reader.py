@@ -56,16 +56,16 @@ class Reading(ShardReader):
 
 
 def settled(reader: Reading) -> list[ShardPosition]:
-    """What has been read once nothing more is, for a quarter of a second: its thread may have to wait for a CPU."""
+    """What has been read once nothing more is, for a second: its thread may have to wait for a CPU."""
     counts = [-1]
-    while len(counts) < 6 or len(set(counts[-6:])) > 1:
+    while len(counts) < 20 or len(set(counts[-20:])) > 1:
         counts.append(len(reader.read))
         time.sleep(0.05)
     return reader.read
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -40,8 +40,11 @@ def test_no_more_batches_are_made_than_may_be_ahead_and_none_after_closing():
 
     ahead = _Prefetcher(make, 1, 3)
     assert [ahead.next() for _ in range(5)] == list(range(5))
-    time.sleep(0.3)
     # Three lie ready, and one is held by the thread.
+    deadline = time.monotonic() + 30
+    while len(made) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert len(made) == 9
     ahead.close()
     assert "rows" not in {thread.name for thread in threading.enumerate()}

@@ -55,8 +55,9 @@ async def test_the_echo_engine_with_slots_reports_waiting_requests() -> None:
     async with client(engine) as http:
         body = {"model": "echo", "prompt": "a b c", "stream": True}
         asked = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(5)]
-        await asyncio.sleep(0.07)
-        stats = engine.stats()
+        async with asyncio.timeout(30):
+            while (stats := engine.stats()).waiting < 3:
+                await asyncio.sleep(0.005)
         assert (stats.running, stats.waiting, stats.max_running) == (2, 3, 2)
         # Who leaves while waiting is not waited with.
         asked.pop().cancel()
@@ -64,7 +65,7 @@ async def test_the_echo_engine_with_slots_reports_waiting_requests() -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     # The third waited for three words of the first, and then its own.
-    assert 0.15 < stats.ttft_s < 1.0
+    assert stats.ttft_s > 0.15
 
 
 def test_the_ttft_window_returns_the_90th_percentile_of_the_last_seconds() -> None:

@@ -34,7 +34,7 @@ async def until(condition: Any, timeout_s: float = 10.0) -> None:
 async def with_key(world: World, limits: Limits | None = None, tenant: str = "lab") -> NewKey:
     """A key that the gateway knows; requests of `world.http` have it from then on."""
     new = KeyStore.at(world.registry.address).create("ann", tenant=tenant, limits=limits, by="test")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (await world.http.get("/v1/models")).status_code != 401:  # as before the first key
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
@@ -87,11 +87,15 @@ async def test_a_stream_that_its_client_leaves_is_charged_what_was_generated(wor
 
 
 async def test_an_answer_that_its_client_does_not_wait_for_is_charged_too(world: World):
-    await world.add_engine(echo(delay_s=0.02))
-    with pytest.raises(httpx.ReadTimeout):
-        await world.http.post("/v1/completions", json={**BODY, "ignore_eos": True, "max_tokens": 1000}, timeout=0.5)
+    engine = echo(delay_s=0.02)
+    await world.add_engine(engine)
+    body = {**BODY, "ignore_eos": True, "max_tokens": 1000}
+    asked = asyncio.create_task(world.http.post("/v1/completions", json=body))
+    await until(lambda: engine.stats().running)
+    await asyncio.sleep(0.5)
+    asked.cancel()
     await until(lambda: world.usage)
-    assert 3 <= world.usage[0][1].completion_tokens < 900
+    assert 1 <= world.usage[0][1].completion_tokens < 900
 
 
 async def test_a_refused_request_is_charged_nothing(world: World):
@@ -170,7 +174,7 @@ async def test_requests_over_a_keys_limit_are_429_with_the_headers_that_sdks_rea
     assert third.status_code == 429 and 50 <= int(third.headers["retry-after"]) <= 61
     error = third.json()["error"]
     assert error["code"] == "rate_limit_exceeded" and "2 requests in a minute" in error["message"]
-    assert len(world.usage) == 2
+    await until(lambda: len(world.usage) == 2)
 
 
 async def test_wrong_requests_count_as_requests_and_one_too_many_is_refused_before_its_body_is_read(world: World):

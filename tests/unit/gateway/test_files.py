@@ -36,6 +36,7 @@ from tandem.db.schema import FileRow
 from tandem.errors import StorageError
 from tandem.files.content import LocalWriter
 from tandem.files.store import FileStore
+from tandem.gateway.requests import held_bytes
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 REQUEST = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "base", "messages": []}}
@@ -313,7 +314,11 @@ async def test_a_client_that_goes_silent_gets_408_and_leaves_nothing_behind(file
     assert files.stored() == []
 
 
-async def test_uploads_that_stall_make_room_for_others_in_the_byte_budget(tmp_path: Path) -> None:
+async def test_uploads_that_stall_make_room_for_others_in_the_byte_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Well below the two seconds after which the world's gateway ends an upload by itself.
+    monkeypatch.setattr(held_bytes, "STALLED_S", 0.1)
     async with files_world(tmp_path) as files:
         budget = files.world.app.state.relay.held_bytes
         budget.limit = 700_000  # one tenant may have half of it
@@ -327,7 +332,7 @@ async def test_uploads_that_stall_make_room_for_others_in_the_byte_budget(tmp_pa
             files.world.http.post("/v1/files", content=stalling(), headers=FORM_HEADERS | auth(files.lab))
         )
         await until(lambda: budget.held > 300_000)
-        await asyncio.sleep(1.1)  # held_bytes.STALLED_S
+        await asyncio.sleep(0.2)
         made = await files.lab.files.create(file=b"y" * 300_000, purpose="user_data")
         ended.set()  # the client reads no answer before its body has ended
         answer = await stalled

@@ -26,7 +26,19 @@ AUTHENTICATION = {
     "serve.listen",
 }
 """They stand before the path (docs/adr/0027): they decide whether a request begins."""
-BACKGROUND = {"_follow", "refresh", "_cut_stalled_clients", "watch", "_poll", "_repeat"}
+BACKGROUND = {
+    *("_follow", "refresh", "_cut_stalled_clients", "watch", "_poll", "_repeat", "_answer_all", "_write", "_run"),
+    *(
+        "_check_files",
+        "_remove_ended",
+        "_write_all",
+        "_expire",
+        "_send_all",
+        "_report",
+        "_exchange_loop",
+        "_follow_totals",
+    ),
+}
 """Functions of tasks that run beside requests; what these call is not part of a request's path."""
 
 

@@ -182,7 +182,7 @@ def test_of_two_processes_at_once_one_downloads_and_the_other_waits(hub: FakeHub
         deadline = time.monotonic() + 60
         while sum(path.startswith("/api/") for _, path, _ in hub.requests) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(1.0)
+        time.sleep(5.0)
         hub.go_on.set()
         said = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), said

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tandem.observability import codec, events
-from tandem.sdk.progress import JobView, Pace, duration, event_sentence, log_line
+from tandem.sdk.progress import EtaEstimator, JobView, duration, event_sentence, log_line
 
 
 def shown(*lines: str, raw: bool = False) -> tuple[str, JobView]:
@@ -93,7 +93,7 @@ def test_an_evaluation_and_a_notice_get_a_line() -> None:
 
 
 def test_the_time_to_finish_follows_the_jobs_own_clock() -> None:
-    pace = Pace()
+    pace = EtaEstimator()
 
     def remaining_s(step: int, seconds: float) -> float | None:
         return pace.remaining_s(events.Step(step=step, steps=100, seconds=seconds))

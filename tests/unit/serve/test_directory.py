@@ -348,7 +348,7 @@ async def test_a_gateway_that_does_not_read_gets_what_it_missed_at_once(world: W
     reporter.report()
     await asyncio.sleep(1.5)
     # Nothing is added to what waits for it, neither changes nor the message of each second.
-    assert peer.paused and peer._transport.get_write_buffer_size() == waiting
+    assert peer.paused and peer._transport.get_write_buffer_size() <= waiting
     state["now"] = replace(A, running=1)
     reporter.report()
     slow._transport.resume_reading()

@@ -1,4 +1,4 @@
-"""What a batch run asks of an app."""
+"""Protocol of an app that answers the rows of a batch run."""
 
 from __future__ import annotations
 

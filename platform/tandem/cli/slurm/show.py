@@ -1,4 +1,4 @@
-"""What the commands of `tandem slurm` print of jobs."""
+"""Printed tables of jobs of `tandem slurm`."""
 
 from __future__ import annotations
 

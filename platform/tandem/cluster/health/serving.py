@@ -1,4 +1,4 @@
-"""What serving needs of a node: the variables that Ray Serve was started with, HAProxy and its admin socket.
+"""Serving requirements of a node: the variables that Ray Serve was started with, HAProxy and its admin socket.
 
 `tandem node start` and local clusters set all of it (`tandem.cluster.haproxy`); a cluster that was started otherwise may lack
 some.

@@ -1,4 +1,4 @@
-"""What all routes of files share: stores, threads, checks of the caller, limits, errors of storage and database as API errors."""
+"""File service: stores, threads, caller checks, limits and error mapping for all routes of files."""
 
 from __future__ import annotations
 

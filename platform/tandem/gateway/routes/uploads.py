@@ -22,7 +22,7 @@ from tandem.files.records import (
     new_file_id,
     new_part_id,
 )
-from tandem.files.uploads import check_room
+from tandem.files.uploads import check_capacity
 from tandem.gateway.errors import ApiError
 from tandem.gateway.files.answers import json_response, to_part, to_upload
 from tandem.gateway.files.intake import ClientLeftError, announced_bytes, discard_body, in_thread, receive_form
@@ -91,7 +91,7 @@ class UploadRoutes:
             try:
                 upload = await self._pending(request, tenant, "add a part")
                 with service.api_errors():
-                    check_room(upload, expected_bytes, 0, 0)
+                    check_capacity(upload, expected_bytes, 0, 0)
                 used_bytes = await service.ask(service.store.check_quota, tenant, expected_bytes, limits.tenant_bytes)
                 writer = await service.store_content(service.contents.writer, part_id, expected_bytes)
             except ApiError:

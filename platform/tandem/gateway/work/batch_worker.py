@@ -21,8 +21,8 @@ from typing import Any, Protocol, TypeVar
 from tandem.config.serving.batches import BatchesConfig
 from tandem.errors import TandemError
 from tandem.gateway.work.batch_answers import UnreportedAnswers
+from tandem.gateway.work.batch_capacity import BatchCapacity, PoolLoad
 from tandem.gateway.work.batch_sender import BatchSender
-from tandem.gateway.work.room import BatchRoom, PoolLoad
 from tandem.gateway.work.turns import ModelTurns, shares
 from tandem.jobs.batches.stored import QUEUE
 from tandem.jobs.work.queue import ItemQueue
@@ -68,7 +68,7 @@ class BatchWorker:
         self._config = config
         self._owner = f"{name}:{uuid.uuid4().hex[:8]}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-database")
-        self._rooms: dict[str, BatchRoom] = defaultdict(lambda: BatchRoom(config.share, config.slowdown))
+        self._capacities: dict[str, BatchCapacity] = defaultdict(lambda: BatchCapacity(config.share, config.slowdown))
         """By base model."""
         self._turns: dict[str, ModelTurns] = defaultdict(ModelTurns)
         """By base model."""
@@ -135,7 +135,7 @@ class BatchWorker:
     # ---- claims ----
 
     async def _claim(self) -> None:
-        """Claim what there is room for, of few models of each base at once, and begin to send it."""
+        """Claim what there is capacity for, of few models of each base at once, and begin to send it."""
         now = time.monotonic()
         if now - self._looked_at >= (EXPECTED_POLL_S if now < self._expects_until else IDLE_POLL_S):
             await self._look(now)
@@ -150,7 +150,7 @@ class BatchWorker:
         for base, models in waiting.items():
             under_way = {model for model, _ in self._under_way if self._base_of(model) == base}
             for model in self._turns[base].allowed(models.keys(), under_way, now):
-                await self._claim_of(model, models[model], self._room_of(base, model, now))
+                await self._claim_of(model, models[model], self._capacity_of(base, model, now))
 
     async def _look(self, now: float) -> None:
         """Find out what waits, and which models it is for."""
@@ -159,12 +159,12 @@ class BatchWorker:
         self._served_at = {group: at for group, at in self._served_at.items() if group in self._waiting}
         await self._loads.learn({model for model, _ in (*self._waiting, *self._under_way)})
 
-    async def _claim_of(self, model: str, tenants: list[str], room: int) -> None:
+    async def _claim_of(self, model: str, tenants: list[str], capacity: int) -> None:
         """Claim requests for a model, of all tenants alike; first of those that had none claimed for longest."""
         groups = sorted(
             (WaitingItems(model, tenant) for tenant in tenants), key=lambda each: self._served_at.get(each, 0.0)
         )
-        for group, share in shares(room, {group: self._under_way[group] for group in groups}).items():
+        for group, share in shares(capacity, {group: self._under_way[group] for group in groups}).items():
             self._served_at[group] = time.monotonic()
             items = await self._in_thread(
                 self._queue.claim, QUEUE, self._owner, LEASE_S, limit=share, adapter=model, tenant=group.tenant
@@ -176,12 +176,14 @@ class BatchWorker:
             if len(items) < share:
                 self._waiting.discard(group)
 
-    def _room_of(self, base: str, model: str, now: float) -> int:
+    def _capacity_of(self, base: str, model: str, now: float) -> int:
         """Requests that may be claimed for a model of a base."""
         in_flight = sum(count for (each, _), count in self._under_way.items() if self._base_of(each) == base)
         pool = self._loads(model)
-        room = UNSERVED_AT_ONCE - in_flight if pool is None else self._rooms[base].free(pool.load, in_flight, now)
-        return max(0, min(room, self._config.max_concurrent - self._under_way.total(), CLAIMED_AT_ONCE))
+        capacity = (
+            UNSERVED_AT_ONCE - in_flight if pool is None else self._capacities[base].free(pool.load, in_flight, now)
+        )
+        return max(0, min(capacity, self._config.max_concurrent - self._under_way.total(), CLAIMED_AT_ONCE))
 
     def _running(self, model: str) -> int:
         """Requests of the base of a model that are under way, those of clients included."""
@@ -209,7 +211,7 @@ class BatchWorker:
             self._paused_until[group] = time.monotonic() + outcome.retry_after_s
         elif outcome.num_tokens:
             now, base = time.monotonic(), self._base_of(group.adapter)
-            self._rooms[base].answered(
+            self._capacities[base].answered(
                 (running + self._running(group.adapter)) / 2, now - began, outcome.num_tokens, now
             )
         self._answers.add(outcome)

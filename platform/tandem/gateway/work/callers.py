@@ -13,7 +13,7 @@ from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.errors import ApiError
 from tandem.gateway.models.catalog import Catalog
-from tandem.gateway.work.room import ModelLoad, PoolLoad
+from tandem.gateway.work.batch_capacity import ModelLoad, PoolLoad
 from tandem.routing.records import ServedModel
 
 ANYBODY = Principal(key_id="", tenant="", role=Role.ADMIN)

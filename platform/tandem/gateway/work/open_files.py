@@ -1,4 +1,4 @@
-"""Files that are open, by name: those that were used last."""
+"""LRU cache of open files, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns of models and tenants at the engines of one base. Pure."""
+"""Round-robin of models and tenants over the engines of one base. Pure."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class ModelTurns:
         return [model for model in self._began if model in waiting]
 
 
-def shares(room: int, under_way: Mapping[G, int]) -> dict[G, int]:
-    """How many of `room` more requests each group may send, so that all come to have as many under way as is possible.
+def shares(capacity: int, under_way: Mapping[G, int]) -> dict[G, int]:
+    """How many of `capacity` more requests each group may send, so that all come to have as many under way as is possible.
 
     `under_way`: the requests of each group that waits; of groups with equally many the first comes first.
     """
     given = dict.fromkeys(under_way, 0)
-    for _ in range(room if given else 0):
+    for _ in range(capacity if given else 0):
         given[min(given, key=lambda group: under_way[group] + given[group])] += 1
     return {group: count for group, count in given.items() if count}

@@ -1,4 +1,4 @@
-"""Batches as OpenAI's API tells them. Pure."""
+"""Batches in the format of OpenAI's API. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, their events and checkpoints as OpenAI's API tells them. Pure."""
+"""Fine-tuning jobs, their events and checkpoints in the format of OpenAI's API. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the first waiting job may take from running ones.
+"""Preemption rules: the workers that the first waiting job may take from running jobs.
 
 - Workers above an elastic run's fewest, from runs of no higher priority.
 - Within its tenant's quota: whole runs of tenants that hold more than theirs, as far as these exceed it (reclaim).

@@ -1,1 +1,1 @@
-"""Jobs of every kind as the native API tells them: state, events, logs, metrics, lineage and the queue."""
+"""Jobs of every kind in the native API: state, events, logs, metrics, lineage and the queue."""

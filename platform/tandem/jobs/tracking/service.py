@@ -1,4 +1,4 @@
-"""Jobs of every kind, and the queue, as the native API offers them. Without HTTP; blocks."""
+"""Service of the native API for jobs of every kind and for the queue. Without HTTP; blocks."""
 
 from __future__ import annotations
 

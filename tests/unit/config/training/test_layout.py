@@ -257,7 +257,7 @@ def test_every_suggested_layout_is_accepted(shape, asked):
 
 
 def test_schedule_rules_agree_with_torch():
-    # Torch's own constructors are asked in tests/unit/train/test_pipeline.py.
+    # Torch's own constructors are asked in tests/unit/train/parallel/test_pipeline.py.
     assert [n for n in range(1, 10) if micro_batches_fit("interleaved", 2, n)] == [1, 2, 3, 4, 6, 8]
     assert [n for n in range(1, 5) if micro_batches_fit("1f1b", 3, n)] == [3, 4]
     assert all(micro_batches_fit(name, 4, 1) for name in ("gpipe", "zero_bubble"))

@@ -79,10 +79,13 @@ async def test_a_dead_engine_is_503_and_says_that_another_replica_may_be_asked()
 
 
 async def test_draining_lets_running_requests_end_and_refuses_new_ones() -> None:
-    host = await started(EchoEngine(delay_s=0.2))
+    engine = EchoEngine(delay_s=1.0)
+    host = await started(engine)
     async with client(host) as http:
         running = asyncio.create_task(http.post("/v1/completions", json=BODY))
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(30):
+            while not engine.stats().running:
+                await asyncio.sleep(0.01)
         draining = asyncio.create_task(host.drain(10))
         await asyncio.sleep(0.1)
         refused = await http.post("/v1/completions", json=BODY)

@@ -1,4 +1,4 @@
-"""Pace of an engine: how many more requests it takes without slowing down by more than a factor.
+"""Slowdown model of an engine: how many more requests it takes without slowing down by more than a factor.
 
 The seconds that an engine takes for a token of each request are nearly linear in the number of requests: a step has a fixed part
 (weights are read once) and one for each request. Both parts are fitted to what answers took, so nothing has to be known about
@@ -28,7 +28,7 @@ class _Observed:
     at: float
 
 
-class Pace:
+class SlowdownModel:
     """What has been observed of one model."""
 
     def __init__(self) -> None:
@@ -37,16 +37,16 @@ class Pace:
 
     def observe(self, requests: float, seconds: float, tokens: int, now: float) -> None:
         """An answer of `tokens` took `seconds` while so many requests ran, itself among them; `now`: monotonic seconds."""
-        requests, pace = max(1.0, requests), max(1e-9, seconds / max(1, tokens))
+        requests, time_per_token = max(1.0, requests), max(1e-9, seconds / max(1, tokens))
         before = self._observed.get(_bucket(requests))
         if before is None:
-            self._observed[_bucket(requests)] = _Observed(requests, pace, now)
+            self._observed[_bucket(requests)] = _Observed(requests, time_per_token, now)
             return
         before.requests += WEIGHT * (requests - before.requests)
-        before.seconds_per_token += WEIGHT * (pace - before.seconds_per_token)
+        before.seconds_per_token += WEIGHT * (time_per_token - before.seconds_per_token)
         before.at = now
 
-    def room(self, running: int, slowdown: float, now: float) -> float:
+    def capacity(self, running: int, slowdown: float, now: float) -> float:
         """Requests that can run beside `running` others, with which tokens take at most `slowdown` times as long as without.
 
         Where little has been observed: twice as many as ever ran together, so that there is more to observe.
@@ -57,17 +57,19 @@ class Pace:
             return max(1.0, 2.0 * max((each.requests for each in observed), default=0.0) - running)
         # Fewer requests are not slower: a slow answer of few was one of a cold engine, or had a long prompt.
         counts = [each.requests for each in observed]
-        paces = list(itertools.accumulate((each.seconds_per_token for each in reversed(observed)), min))[::-1]
+        times = list(itertools.accumulate((each.seconds_per_token for each in reversed(observed)), min))[::-1]
         # Least squares of the relative error, which is as large where few requests run as where many do.
-        weights = [1.0 / pace**2 for pace in paces]
-        fits = list(zip(weights, counts, paces, strict=True))
+        weights = [1.0 / time_per_token**2 for time_per_token in times]
+        fits = list(zip(weights, counts, times, strict=True))
         mean_count = sum(weight * count for weight, count, _ in fits) / sum(weights)
-        mean_pace = sum(weight * pace for weight, _, pace in fits) / sum(weights)
-        covariance = sum(weight * (count - mean_count) * (pace - mean_pace) for weight, count, pace in fits)
+        mean_time = sum(weight * time_per_token for weight, _, time_per_token in fits) / sum(weights)
+        covariance = sum(
+            weight * (count - mean_count) * (time_per_token - mean_time) for weight, count, time_per_token in fits
+        )
         of_each = covariance / sum(weight * (count - mean_count) ** 2 for weight, count, _ in fits)
         if of_each <= 0.0:
             return math.inf
-        fixed = max(0.0, mean_pace - of_each * mean_count)
+        fixed = max(0.0, mean_time - of_each * mean_count)
         return (slowdown - 1.0) * (fixed / of_each + max(1, running))
 
 

@@ -1,10 +1,10 @@
-"""Room for requests of batches beside interactive traffic. Pure."""
+"""Number of batch requests that may run beside interactive traffic. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.gateway.work.pace import Pace
+from tandem.gateway.work.slowdown import SlowdownModel
 
 QUIET_AFTER_S = 2.0
 """Seconds without interactive requests after which batches take all slots."""
@@ -32,19 +32,19 @@ class PoolLoad:
     load: ModelLoad
 
 
-class BatchRoom:
+class BatchCapacity:
     """Decides how many requests of batches may be under way for one model."""
 
     def __init__(self, share: float, slowdown: float) -> None:
         """See `BatchesConfig`."""
         self._share = share
         self._slowdown = slowdown
-        self._pace = Pace()
+        self._slowdown_model = SlowdownModel()
         self._interactive_at = -QUIET_AFTER_S
 
     def answered(self, running: float, seconds: float, tokens: int, now: float) -> None:
         """An answer of `tokens` took `seconds` while `running` requests of the model were under way."""
-        self._pace.observe(running, seconds, tokens, now)
+        self._slowdown_model.observe(running, seconds, tokens, now)
 
     def free(self, load: ModelLoad, in_flight: int, now: float) -> int:
         """Requests that may be sent now, of batches that have `in_flight` under way; `now`: monotonic seconds."""
@@ -59,5 +59,7 @@ class BatchRoom:
         own_limit = load.limit
         if beside_clients:
             clients = max(0, load.running - in_flight)
-            own_limit = max(1, int(min(self._share * load.limit, self._pace.room(clients, self._slowdown, now))))
+            own_limit = max(
+                1, int(min(self._share * load.limit, self._slowdown_model.capacity(clients, self._slowdown, now)))
+            )
         return max(0, min(own_limit - in_flight, load.limit - load.running))
