@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -18,15 +19,25 @@ PLACED_WITHIN_S = 10.0
 """Seconds that a replica may take to say where it is, once Ray has placed it: its process starts and imports first."""
 
 
-class PendingReplicas(Protocol):
-    """Source of the replicas that are wanted and have no place, by app and model."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replicas:
+    """Replicas of all apps at one moment."""
 
-    def __call__(self) -> Sequence[ServingDemand]:
+    pending: tuple[ServingDemand, ...] = ()
+    """Those that are wanted and have no place, by app and model."""
+    placed: Mapping[str, Resources] = field(default_factory=dict)
+    """What the others hold, by node."""
+
+
+class ReplicaSource(Protocol):
+    """Tells the replicas."""
+
+    def __call__(self) -> Replicas:
         """Those of now."""
 
 
-class ServePendingReplicas:
-    """`PendingReplicas` of Ray Serve: replicas of any app that its controller has asked for, and Ray has not placed."""
+class ServeReplicas:
+    """`ReplicaSource` of Ray Serve: what its controller has asked for, placed by Ray or not."""
 
     def __init__(self, level: int, details: Callable[[], Mapping[str, Any]] | None = None) -> None:
         """`level`: of serving, compared with the levels of jobs' priority classes. `details`: of Serve's instance, as its
@@ -35,9 +46,11 @@ class ServePendingReplicas:
         self._level = level
         self._details = details or serve_details
 
-    def __call__(self) -> list[ServingDemand]:
-        """See `PendingReplicas`."""
-        return pending_replicas(self._details(), time.time(), self._level)
+    def __call__(self) -> Replicas:
+        """See `ReplicaSource`."""
+        details = self._details()
+        pending = pending_replicas(details, time.time(), self._level)
+        return Replicas(pending=tuple(pending), placed=placed_replicas(details))
 
 
 def serve_details() -> Mapping[str, Any]:
@@ -68,6 +81,18 @@ def pending_replicas(details: Mapping[str, Any], now: float, level: int) -> list
     return found
 
 
+def placed_replicas(details: Mapping[str, Any]) -> dict[str, Resources]:
+    """What replicas hold on each node; a replica of several workers counts on the node of its first one."""
+    placed: dict[str, Resources] = {}
+    for application in (details.get("applications") or {}).values():
+        for deployment in (application.get("deployments") or {}).values():
+            of_each = _resources(deployment)
+            for replica in deployment.get("replicas") or ():
+                if (node_id := replica.get("node_id")) is not None:
+                    placed[node_id] = placed.get(node_id, Resources()) + of_each
+    return placed
+
+
 def _value(state: Any) -> Any:
     return getattr(state, "value", state)
 
@@ -81,8 +106,11 @@ def _resources(deployment: Mapping[str, Any]) -> Resources:
     )
 
 
-def node_amounts() -> tuple[NodeAmounts, ...]:
-    """The nodes of the connected cluster that are alive. No new work is placed on those that are cordoned or drain."""
+def node_amounts(serving: Mapping[str, Resources]) -> tuple[NodeAmounts, ...]:
+    """The nodes of the connected cluster that are alive. No new work is placed on those that are cordoned or drain.
+
+    `serving`: what replicas hold, by node.
+    """
     # Private modules: Ray's public interface knows the resources of the whole cluster only.
     from ray._private.state import available_resources_per_node, state
 
@@ -95,16 +123,19 @@ def node_amounts() -> tuple[NodeAmounts, ...]:
             free=_amounts(free.get(node.id, {})),
             is_placeable=node.id not in draining and cordon_of(node, cordons) is None,
             node_type=node.node_type,
+            serving=serving.get(node.id, Resources()),
         )
         for node in cluster_nodes()
         if node.alive
     )
 
 
-def capacity(pending: PendingReplicas) -> Capacity:
+def capacity(source: ReplicaSource) -> Capacity:
     """What the connected cluster has for jobs, by node, and what serving lacks. ClusterError where it does not answer."""
     try:
-        nodes, replicas = node_amounts(), tuple(pending())
+        # The replicas first: one that is placed meanwhile counts as used.
+        replicas = source()
+        nodes = node_amounts(replicas.placed)
     except (RayError, RayServeException, ConnectionError, RuntimeError) as error:
         raise ClusterError(
             f"The cluster's resources are not known: {sentence(str(error))} They are asked again."
@@ -113,7 +144,7 @@ def capacity(pending: PendingReplicas) -> Capacity:
         cpus=sum(node.total.cpus for node in nodes),
         gpus=sum(node.total.gpus for node in nodes),
         nodes=nodes,
-        pending_replicas=replicas,
+        pending_replicas=replicas.pending,
     )
 
 

@@ -10,7 +10,7 @@ import time
 
 import ray
 
-from tandem.apps.cluster_view import ServePendingReplicas, capacity
+from tandem.apps.cluster_view import ServeReplicas, capacity
 from tandem.cluster.local import Cluster
 from tandem.cluster.slurm.site import read_site
 from tandem.config import FilesConfig, SchedulingConfig
@@ -97,16 +97,16 @@ def dispatch_jobs(
         checks = stores.enter_context(ModelChecks.at(registry))
         runners = make_runners(registry, files_config, batches, store, files, queue, checks)
         keep_s = None if jobs.keep_days is None else jobs.keep_days * 86400
-        pending = ServePendingReplicas(scheduling.serving_level)
+        replicas = ServeReplicas(scheduling.serving_level)
         records = stores.enter_context(CapacityRecords.at(registry))
         chores: list[Chore] = [
             FolderImport(store, functools.partial(job_client, registry), keep_s=keep_s),
-            CapacityRecorder(lambda: capacity(pending), store, records, scheduling),
+            CapacityRecorder(lambda: capacity(replicas), store, records, scheduling),
         ]
         if keep_s is not None:
             chores.append(Retention(retention, keep_s))
         scheduler = Scheduler(scheduling, functools.partial(read_history, store))
-        dispatcher = Dispatcher(store, runners, lambda: capacity(pending), decide=scheduler, chores=chores)
+        dispatcher = Dispatcher(store, runners, lambda: capacity(replicas), decide=scheduler, chores=chores)
         releases = threading.Thread(
             target=FileReleases(store, files).run, args=(stop,), name="file-releases", daemon=True
         )

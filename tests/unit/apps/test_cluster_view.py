@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.serve._private.common import ReplicaState
 
-from tandem.apps.cluster_view import PLACED_WITHIN_S, ServePendingReplicas, pending_replicas
+from tandem.apps.cluster_view import PLACED_WITHIN_S, Replicas, ServeReplicas, pending_replicas, placed_replicas
 from tandem.jobs.scheduling import Resources, ServingDemand
 
 NOW = 1_700_000_000.0
@@ -51,4 +51,9 @@ def test_a_replica_of_several_workers_needs_its_whole_placement_group() -> None:
     [{}, {"applications": {}}, details(), details(replica("STARTING"), required_resources={"memory": 1.0})],
 )
 def test_without_pending_replicas_of_cpus_or_gpus_there_is_no_demand(serve_says: dict[str, Any]) -> None:
-    assert ServePendingReplicas(100, lambda: serve_says)() == []
+    assert ServeReplicas(100, lambda: serve_says)() == Replicas()
+
+
+def test_replicas_with_a_node_hold_their_resources_there() -> None:
+    says = details(*(replica("RUNNING", node=node) for node in ("n1", "n1", "n2")), replica("STARTING"))
+    assert placed_replicas(says) == {"n1": Resources(2.0, 4.0), "n2": Resources(1.0, 2.0)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from tandem.jobs.scheduling.records import ServingDemand
@@ -22,6 +22,8 @@ class NodeAmounts:
     """Whether new work may be placed there: it is not cordoned, and does not leave."""
     node_type: str = ""
     """Of the nodes that are like it; empty: the cluster does not name any."""
+    serving: Amounts = field(default_factory=Amounts)
+    """What replicas of served models hold of it; `free` is without that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

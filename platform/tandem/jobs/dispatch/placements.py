@@ -48,7 +48,10 @@ def _fits(pool: Pool, node_id: str, worker: Resources) -> int:
 
 
 def nodes_for_jobs(nodes: Sequence[NodeAmounts], runs: Iterable[Run]) -> list[Node]:
-    """The nodes that jobs may be placed on, with what is not used by serving or other work there."""
+    """The nodes that jobs may be placed on, with what is not used by serving or other work there.
+
+    A run that starts does not use its placement yet, which would hide as much of what others use: what replicas hold is known.
+    """
     others = used_pool(nodes, runs)
     found = []
     for node in nodes:
@@ -57,8 +60,8 @@ def nodes_for_jobs(nodes: Sequence[NodeAmounts], runs: Iterable[Run]) -> list[No
             found.append(
                 Node(
                     id=node.id,
-                    cpus=node.total.cpus - max(0.0, used.cpus),
-                    gpus=node.total.gpus - max(0.0, used.gpus),
+                    cpus=node.total.cpus - max(0.0, used.cpus, node.serving.cpus),
+                    gpus=node.total.gpus - max(0.0, used.gpus, node.serving.gpus),
                 )
             )
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tandem.jobs.dispatch.decisions import NodeAmounts
 from tandem.jobs.dispatch.placements import UNKNOWN, locate, nodes_for_jobs, used_pool
 from tandem.jobs.scheduling import Job, Node, Resources, Run
@@ -30,6 +32,16 @@ def test_what_others_hold_is_what_is_used_less_the_scheduler_s_own_runs() -> Non
 
 def test_a_run_that_has_not_come_up_yet_lends_its_room_to_nobody() -> None:
     assert nodes_for_jobs([node("n1", 0.0)], [run((("n1", 2),))]) == [Node(id="n1", cpus=8.0, gpus=4.0)]
+
+
+def test_a_run_that_has_not_come_up_yet_hides_no_replica() -> None:
+    """Two replicas are up, and two workers that were counted on are not yet."""
+    both = replace(node("n1", 2.0), serving=Resources(2.0, 2.0))
+    assert nodes_for_jobs([both], [run((("n1", 2),))]) == [Node(id="n1", cpus=6.0, gpus=2.0)]
+    # Once they are up, the same; what else runs there counts too.
+    for used, free in ((4.0, 2.0), (5.0, 1.0)):
+        up = replace(node("n1", used), serving=Resources(2.0, 2.0))
+        assert nodes_for_jobs([up], [run((("n1", 2),))]) == [Node(id="n1", cpus=4.0 + free, gpus=free)]
 
 
 def test_adopted_workers_are_where_something_runs_then_where_there_is_room() -> None:
