@@ -47,7 +47,7 @@ quickstart: setup ## Train a small model on real text, fine-tune an adapter, ser
 # Integration tests that share a cluster and engines run in one process, all others beside them (tests/conftest.py).
 SIDE_BY_SIDE ?= -n 2 --dist loadscope --no-loadscope-reorder
 
-test: setup ## The tests that run before every change (under 20 minutes on 2 cores)
+test: setup ## The tests that run before every change (35 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: setup ## All tests but those that need a GPU

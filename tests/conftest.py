@@ -59,8 +59,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     minutes = f"{(time.monotonic() - STARTED) / 60:.0f} minutes"
     rows = [f"| `{file}` | {spent:.0f} |" for file, spent in seconds.most_common() if spent >= SHOWN_S]
     rest = sum(spent for spent in seconds.values() if spent < SHOWN_S)
+    target = "test" if "not slow" in config.getoption("markexpr") else "test-all"
     path.write_text(
-        f"# Test times\n\nMade by `make test-all ARGS=--times={path}` on {os.cpu_count()} cores: {counts} in {minutes}. "
+        f"# Test times\n\nMade by `make {target} ARGS=--times={path}` on {os.cpu_count()} cores: {counts} in {minutes}. "
         "Set-up counts for the file whose test needed it first; files run side by side where they share no servers.\n\n"
         f"| file | seconds |\n|---|---:|\n" + "\n".join([*rows, f"| all others | {rest:.0f} |"]) + "\n"
     )
