@@ -128,7 +128,7 @@ async def test_the_default_limit_is_the_engines_batch_size_plus_a_quarter(tmp_pa
     async with overload_world(tmp_path, max_queued=3) as world:
         engine = Listening(delay_s=GAP_S)
         await world.add(engine, max_running=20)
-        asked = [world.ask("x", 40) for _ in range(28)]
+        asked = [world.ask("x", 300) for _ in range(28)]
         await world.queued(3)
         await world.until(lambda: engine.stats().running == 25)
         assert {(await each).status_code for each in asked} == {200}
