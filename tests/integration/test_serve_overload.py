@@ -22,6 +22,7 @@ from tandem.cluster.marks import marked_processes
 CONNECTIONS = 512
 READERS, ANSWER_MB = 12, 48
 TOKENS, MANY = 1900, 48
+PATIENCE_S = 30.0
 """Many answers of so many tokens take the engine more than ten seconds."""
 ONE: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": TOKENS, "temperature": 0}
 LONG: dict[str, Any] = {**ONE, "prompt": ["the cat"] * MANY, "ignore_eos": True}
@@ -67,11 +68,11 @@ def echoing(served: Served) -> Served:
     return replace(served, url=f"{served.url}/echo", app="echo")
 
 
-def until(happened: Callable[[], bool], within_s: float = 30.0) -> None:
+def until(happened: Callable[[], bool]) -> None:
     """Wait for something that must come."""
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + PATIENCE_S
     while not happened():
-        assert time.monotonic() < deadline, f"it did not come within {within_s} s"
+        assert time.monotonic() < deadline, f"it did not come within {PATIENCE_S} s"
         time.sleep(0.05)
 
 
