@@ -19,7 +19,7 @@ class AnswerLabels:
     """As the request named it."""
     metadata: dict[str, str]
     previous_id: str | None
-    idempotency_key: str | None
+    idempotency_key: str | None = None
     """Digest of the request's key."""
 
 
