@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -106,11 +106,8 @@ def _resources(deployment: Mapping[str, Any]) -> Resources:
     )
 
 
-def node_amounts(serving: Mapping[str, Resources]) -> tuple[NodeAmounts, ...]:
-    """The nodes of the connected cluster that are alive. No new work is placed on those that are cordoned or drain.
-
-    `serving`: what replicas hold, by node.
-    """
+def node_amounts() -> tuple[NodeAmounts, ...]:
+    """The nodes of the connected cluster that are alive. No new work is placed on those that are cordoned or drain."""
     # Private modules: Ray's public interface knows the resources of the whole cluster only.
     from ray._private.state import available_resources_per_node, state
 
@@ -123,7 +120,6 @@ def node_amounts(serving: Mapping[str, Resources]) -> tuple[NodeAmounts, ...]:
             free=_amounts(free.get(node.id, {})),
             is_placeable=node.id not in draining and cordon_of(node, cordons) is None,
             node_type=node.node_type,
-            serving=serving.get(node.id, Resources()),
         )
         for node in cluster_nodes()
         if node.alive
@@ -133,13 +129,13 @@ def node_amounts(serving: Mapping[str, Resources]) -> tuple[NodeAmounts, ...]:
 def capacity(source: ReplicaSource) -> Capacity:
     """What the connected cluster has for jobs, by node, and what serving lacks. ClusterError where it does not answer."""
     try:
-        # The replicas first: one that is placed meanwhile counts as used.
-        replicas = source()
-        nodes = node_amounts(replicas.placed)
+        # The nodes first: without a cluster, Serve's client would start one.
+        nodes, replicas = node_amounts(), source()
     except (RayError, RayServeException, ConnectionError, RuntimeError) as error:
         raise ClusterError(
             f"The cluster's resources are not known: {sentence(str(error))} They are asked again."
         ) from error
+    nodes = tuple(replace(node, serving=replicas.placed.get(node.id, Resources())) for node in nodes)
     return Capacity(
         cpus=sum(node.total.cpus for node in nodes),
         gpus=sum(node.total.gpus for node in nodes),
