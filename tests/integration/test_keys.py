@@ -22,7 +22,7 @@ from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
 from tandem.usage import UsageStore
 
 APP = "guarded"
-SEEN_S = 30.0
+SEEN_S = 5.0
 BODY = {"model": "echo", "prompt": "one two three"}
 
 
