@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tandem.api.openai.fine_tuning import FineTuningCreation, FineTuningEvent
 from tandem.config.serving.fine_tuning import FineTuningConfig
-from tandem.files.records import NewFile, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.fine_tuning import progress as module
 from tandem.jobs.fine_tuning.feed import FineTuningFeed
@@ -90,14 +88,8 @@ def test_the_progress_of_few_runs_is_remembered(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture
-def service(url: str, store: JobStore, tandem_home: Path) -> Iterator[FineTuningService]:
-    with FileStore(url) as files:
-        new = NewFile(
-            id="file-1", tenant="lab", key_id="", purpose=Purpose.FINE_TUNE, filename="a.jsonl", size_bytes=1, sha256="0" * 64,
-            location="/files/1",
-        )  # fmt: skip
-        files.add(new, quota_bytes=10**9)
-        yield FineTuningService(store, files, FineTuningConfig())
+def service(store: JobStore, files: FileStore, tandem_home: Path) -> FineTuningService:
+    return FineTuningService(store, files, FineTuningConfig())
 
 
 def test_the_feed_of_a_job_has_each_event_of_its_list_once(

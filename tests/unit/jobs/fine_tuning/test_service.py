@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tandem.api.openai.fine_tuning import FineTuningCreation
 from tandem.config.serving.fine_tuning import FineTuningConfig
 from tandem.errors import ConfigError, JobError
-from tandem.files.records import NewFile, Purpose
 from tandem.files.store import FileStore
 from tandem.jobs.fine_tuning.service import Base, FineTuningService
 from tandem.jobs.work.records import Job, Resources
 from tandem.jobs.work.store import JobStore
-
-
-@pytest.fixture
-def files(url: str) -> Iterator[FileStore]:
-    with FileStore(url) as opened:
-        new = NewFile(
-            id="file-1", tenant="lab", key_id="", purpose=Purpose.FINE_TUNE, filename="a.jsonl", size_bytes=1, sha256="0" * 64,
-            location="/files/1",
-        )  # fmt: skip
-        opened.add(new, quota_bytes=10**9)
-        yield opened
 
 
 def created(store: JobStore, files: FileStore, platform: FineTuningConfig) -> Job:
