@@ -7,8 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tandem.jobs.tracking.history import decoded
 from tandem.jobs.tracking.line_file import START, Line, lines_after
-from tandem.observability import codec
 from tandem.observability.events import Event, FineTuningPlanned, Step
 
 REMEMBERED = 10_000
@@ -39,8 +39,7 @@ class RunProgress:
 def next_events(journal: Path, last: Line) -> tuple[list[Event], Line]:
     """Events that follow the line `last`, of `PAGE` lines at most, and the newest of these lines. StorageError."""
     lines = lines_after(journal, last, last.number, PAGE)
-    events = map(codec.from_json, codec.parse(line.text for line in lines))
-    return [event for event in events if event is not None], lines[-1]._replace(text="") if lines else last
+    return [event for _, event in decoded(lines)], lines[-1]._replace(text="") if lines else last
 
 
 class ProgressReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,12 +69,15 @@ class JobHistory:
             page = lines_after(self._journal, last, number, PAGE)
             if not page:
                 break
-            for line in page:
-                event = next(map(codec.from_json, codec.parse([line.text])), None)
-                if event is not None:
-                    found.append((line, event))
+            found += decoded(page)
             last, number = page[-1], page[-1].number
         return found[:limit]
+
+
+def decoded(lines: Iterable[Line]) -> list[tuple[Line, Event]]:
+    """The lines of a journal that hold an event of a kind that this release knows, each with its event."""
+    events = ((line, next(map(codec.from_json, codec.parse([line.text])), None)) for line in lines)
+    return [(line, event) for line, event in events if event is not None]
 
 
 @dataclass(slots=True)
